@@ -1,0 +1,1 @@
+"""Fine-tune, evaluate and serve ResNet image classifiers in JAX."""

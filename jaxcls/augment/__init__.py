@@ -1,0 +1,1 @@
+"""Augmentation: `host` for streamed photos."""

@@ -1,0 +1,1 @@
+"""Photos and their labels, from disk to a `Dataset`. Nothing here imports JAX."""

@@ -1,0 +1,1 @@
+"""What a classifier's predictions are worth. Knows `Predictions`; neither models nor JAX."""

@@ -1,0 +1,1 @@
+"""ResNets and their pretrained weights. Linen is visible only in here."""

@@ -1,0 +1,1 @@
+"""Frozen features and a linear SVM become a classifier."""

@@ -1,0 +1,1 @@
+"""Fine-tuning: a dataset and a backbone become a classifier."""

@@ -1,0 +1,344 @@
+"""The command line: each subcommand is one call into the API, its flags a dataclass."""
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from datetime import datetime
+from pathlib import Path
+from typing import Literal
+
+import tyro
+from tyro.conf import OmitArgPrefixes, Positional
+
+import jaxcls
+from jaxcls.errors import JaxclsError, UsageError
+from jaxcls.models.precision import Precision
+from jaxcls.storage import Storage
+from jaxcls.train.config import FinetuneConfig
+
+DONE, FAILED, WRONG_USAGE, INTERRUPTED = 0, 1, 2, 130
+
+
+@dataclass(frozen=True, kw_only=True)
+class Command:
+    """What every subcommand takes."""
+
+    debug: bool = False
+    """Show the traceback of an error."""
+
+    def run(self) -> int:
+        """Do it and return the exit code."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class BackboneOptions:
+    """Which network to start from."""
+
+    backbone: str = "resnet18"
+    """A name of the catalogue (`jaxcls info` lists them), or the path of a saved classifier."""
+    weights: Path | None = None
+    """Weights from this file (.safetensors, .pth) instead of the hub."""
+    image_size: int | None = None
+    """Pixels; default: the size the weights were trained for."""
+
+    def load(self) -> jaxcls.Backbone:
+        """The backbone these options name."""
+        if _is_classifier(Path(self.backbone)):
+            backbone = jaxcls.load(self.backbone).backbone
+            return backbone if self.image_size is None else backbone.with_image_size(self.image_size)
+        return jaxcls.load_pretrained(self.backbone, weights=self.weights, image_size=self.image_size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SplitOptions:
+    """Which photos are held out for testing."""
+
+    test_data: Path | None = None
+    """A folder of test photos. Without it, a stratified part of DATA is held out."""
+    train_size: float = 0.66
+    """Share of DATA to train on; 1: all of it, without a test."""
+    split_seed: int = 0
+    """Another seed, another held-out part."""
+
+    def divide(self, dataset: jaxcls.Dataset) -> tuple[jaxcls.Dataset, jaxcls.Dataset | None]:
+        """Training and test set."""
+        if self.test_data is not None:
+            return dataset, jaxcls.read_folder(self.test_data, classes=dataset.classes)
+        if self.train_size == 1:
+            return dataset, None
+        return dataset.split(self.train_size, seed=self.split_seed)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quickstart(Command):
+    """Train, evaluate, save and score on scikit-learn's handwritten digits: no network, under two minutes."""
+
+    out: Path | None = None
+    """A new folder for everything it writes."""
+
+    def run(self) -> int:
+        from jaxcls.quickstart import quickstart
+
+        quickstart(self.out or _new_output("quickstart"))
+        return DONE
+
+
+@dataclass(frozen=True, kw_only=True)
+class Info(Command):
+    """Describe a folder of photos or a saved classifier; without a path, this installation."""
+
+    path: Positional[Path | None] = None
+    """A folder of photos, or a saved classifier."""
+
+    def run(self) -> int:
+        if self.path is None:
+            print(_describe_installation())
+        elif _is_classifier(self.path):
+            print(_describe_classifier(self.path))
+        else:
+            dataset = jaxcls.read_folder(self.path)
+            print(dataset.summary())
+            jaxcls.scan(dataset)
+            print("every image can be decoded")
+        return DONE
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train(Command):
+    """Fine-tune a network on a folder of photos, one sub-folder per class."""
+
+    data: Positional[Path]
+    """The folder of photos."""
+    start: OmitArgPrefixes[BackboneOptions] = field(default_factory=BackboneOptions)
+    split: OmitArgPrefixes[SplitOptions] = field(default_factory=SplitOptions)
+    config: OmitArgPrefixes[FinetuneConfig] = field(default_factory=FinetuneConfig)
+    skip_bad: bool = False
+    """Leave undecodable photos out, however many."""
+    out: Path | None = None
+    """A new folder for the run."""
+
+    def run(self) -> int:
+        train, test = self.split.divide(jaxcls.read_folder(self.data))
+        run_dir = self.out or _new_output("train")
+        config = replace(self.config, max_bad_fraction=1.0) if self.skip_bad else self.config
+        result = jaxcls.finetune(train, self.start.load(), config, eval_dataset=test, run_dir=run_dir)
+        print(f"classifier: {run_dir / 'classifier'}")
+        return DONE if test is None else _report(result.classifier, test, run_dir)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Svm(Command):
+    """Train a linear SVM on a frozen network's features of a folder of photos."""
+
+    data: Positional[Path]
+    """The folder of photos."""
+    start: OmitArgPrefixes[BackboneOptions] = field(default_factory=BackboneOptions)
+    split: OmitArgPrefixes[SplitOptions] = field(default_factory=SplitOptions)
+    C: float = 1.0
+    """Inverse regularisation: small values regularise more."""
+    class_weight: Literal["balanced", "none"] = "balanced"
+    """Weigh classes inversely to their number of photos, or alike."""
+    normalize_features: bool = False
+    """Divide each feature vector by its L2 norm."""
+    precision: Precision = "auto"
+    """Of the convolutions."""
+    skip_bad: bool = False
+    """Leave undecodable photos out, however many."""
+    out: Path | None = None
+    """Where to save the classifier."""
+
+    def run(self) -> int:
+        train, test = self.split.divide(jaxcls.read_folder(self.data))
+        classifier = jaxcls.fit_svm(
+            train,
+            self.start.load(),
+            C=self.C,
+            class_weight=None if self.class_weight == "none" else self.class_weight,
+            normalize_features=self.normalize_features,
+            precision=self.precision,
+            max_bad_fraction=1.0 if self.skip_bad else 0.0,
+            progress=True,
+        )
+        path = classifier.save(self.out or _new_output("svm") / "svm.jaxcls")
+        print(f"classifier: {path}")
+        return DONE if test is None else _report(classifier, test)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluate(Command):
+    """Measure a saved classifier on a folder of labelled photos."""
+
+    model: Positional[Path]
+    """A saved classifier."""
+    data: Positional[Path]
+    """The folder of photos, one sub-folder per class."""
+    ids: Path | None = None
+    """Only the photos whose ids this file lists, one a line, such as a run's `test_ids.txt`."""
+    out: Path | None = None
+    """A folder for predictions.csv and confusion.png."""
+
+    def run(self) -> int:
+        classifier = jaxcls.load(self.model)
+        dataset = jaxcls.read_folder(self.data, classes=classifier.classes)
+        if self.ids is not None:
+            dataset = dataset.select_ids(_read_lines(self.ids))
+        return _report(classifier, dataset, self.out)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Predict(Command):
+    """Score images: a row for each. An unreadable image gets a row with its error, and exit code 1."""
+
+    model: Positional[Path]
+    """A saved classifier."""
+    paths: Positional[tuple[Path, ...]]
+    """Images, and folders of images."""
+    format: Literal["table", "csv", "jsonl"] = "table"
+    """How to write the rows."""
+    out: Path | None = None
+    """Write to this file (csv or jsonl) instead of the terminal."""
+    precision: Precision = "auto"
+    """Of the convolutions."""
+
+    def run(self) -> int:
+        if self.out is not None and self.format == "table":
+            raise UsageError("--out needs --format csv or --format jsonl")
+        predictions = jaxcls.predict(
+            jaxcls.load(self.model), _expand(self.paths), precision=self.precision, progress=True
+        )
+        if self.format == "table":
+            _print_table(predictions)
+        else:
+            write = {"csv": predictions.write_csv, "jsonl": predictions.write_jsonl}[self.format]
+            write(self.out or sys.stdout)
+        return FAILED if predictions.errors else DONE
+
+
+COMMANDS = (Quickstart, Info, Train, Svm, Evaluate, Predict)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; return its exit code: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    command = tyro.extras.subcommand_cli_from_dict(
+        {kind.__name__.lower(): kind for kind in COMMANDS},
+        prog="jaxcls",
+        description=f"jaxcls {jaxcls.__version__}: fine-tune, evaluate and serve ResNet image classifiers in JAX.",
+        args=arguments,
+    )
+    try:
+        return command.run()
+    except JaxclsError as error:
+        if command.debug:
+            raise
+        print(f"jaxcls: {error}", file=sys.stderr)
+        return WRONG_USAGE if isinstance(error, UsageError) else FAILED
+    except KeyboardInterrupt:
+        print("jaxcls: interrupted", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _report(classifier: jaxcls.Classifier, dataset: jaxcls.Dataset, out: Path | None = None) -> int:
+    """Print the evaluation; write predictions, plot and the ids evaluated on into `out`."""
+    from jaxcls.evaluation.plots import plot_confusion_matrix
+
+    predictions = jaxcls.predict(classifier, dataset, progress=True)
+    evaluation = jaxcls.evaluate(predictions)
+    print(evaluation)
+    for message in predictions.errors.values():
+        print(f"jaxcls: {message}", file=sys.stderr)
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        predictions.write_csv(out / "predictions.csv")
+        (out / "test_ids.txt").write_text("".join(f"{i}\n" for i in dataset.ids), encoding="utf-8")
+        plot_confusion_matrix(evaluation).figure.savefig(out / "confusion.png")
+        print(f"predictions, test_ids.txt and confusion.png: {out}")
+    return FAILED if predictions.errors else DONE
+
+
+def _print_table(predictions: jaxcls.Predictions) -> None:
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    score = "margin" if predictions.kind == "margin" else "probability"
+    values = predictions.scores if predictions.kind == "margin" else predictions.probabilities()
+    table = Table("image", "class", score, box=None)
+    for row, best, label in zip(predictions.rows(), values, predictions.predicted, strict=True):
+        if row["error"] is not None:
+            table.add_row(escape(row["id"]), "[red]error[/red]", escape(row["error"]))
+        elif row["abstained"]:
+            table.add_row(escape(row["id"]), "(abstained)", "")
+        else:
+            table.add_row(escape(row["id"]), escape(row["predicted"]), f"{best[label]:.4f}")
+    Console(soft_wrap=True).print(table)
+
+
+def _describe_installation() -> str:
+    import jax
+
+    from jaxcls.models.pretrained import CATALOGUE
+
+    lines = [
+        f"jaxcls {jaxcls.__version__}, jax {jax.__version__}, {len(jax.devices())} x {jax.devices()[0].device_kind}",
+        str(Storage.default()),
+        "backbones: " + ", ".join(CATALOGUE),
+    ]
+    return "\n".join(lines)
+
+
+def _describe_classifier(path: Path) -> str:
+    from jaxcls.scoring import check_parity
+
+    classifier = jaxcls.load(path)
+    difference = check_parity(classifier, path)
+    names = ", ".join(classifier.classes[:20]) + (", ..." if len(classifier.classes) > 20 else "")
+    return "\n".join(
+        [
+            repr(classifier),
+            f"classes: {names}",
+            f"scores: {classifier.head.kind}",
+            f"made by: {json.dumps(dict(classifier.provenance), ensure_ascii=False)}",
+            f"backbone: {json.dumps(dict(classifier.backbone.provenance), ensure_ascii=False)}",
+            f"parity: scores its stored images as when saved (relative difference {difference:.1e})",
+        ]
+    )
+
+
+def _is_classifier(path: Path) -> bool:
+    return (path / "classifier.json").is_file()
+
+
+def _expand(paths: Sequence[Path]) -> list[Path]:
+    """Files as they are; of folders, the images below them."""
+    from jaxcls.data.folder import list_images
+
+    files: list[Path] = []
+    for path in paths:
+        if path.is_dir():
+            found = sorted(list_images(path).images)
+            if not found:
+                raise UsageError(f"{path} holds no images")
+            files += [path / image for image in found]
+        else:
+            files.append(path)
+    if not files:
+        raise UsageError("give at least one image or folder")
+    return files
+
+
+def _read_lines(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def _new_output(command: str) -> Path:
+    return Storage.default().outputs / f"{command}-{datetime.now():%Y%m%d-%H%M%S}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

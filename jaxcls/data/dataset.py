@@ -1,0 +1,491 @@
+"""`Dataset`: photos reached by position, with their labels. Every operation returns a new one."""
+
+import hashlib
+import math
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from rich.progress import track
+
+from jaxcls.data import images
+from jaxcls.errors import DatasetError, ImageError, UsageError
+
+UNLABELLED = -1
+ID_DTYPE = np.dtypes.StringDType()
+
+Item = bytes | np.ndarray
+
+
+class Source(Protocol):
+    """Random access to photos: encoded bytes, or decoded uint8 [H, W, 3]."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Item: ...
+
+    def path(self, index: int) -> Path | None:
+        """The file behind a photo, where there is one."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class FileSource:
+    """Files below `root`; read anew at each access."""
+
+    root: Path
+    names: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, index: int) -> bytes:
+        try:
+            return self.path(index).read_bytes()
+        except OSError as error:
+            raise ImageError(str(self.path(index)), error.strerror or "cannot be read") from error
+
+    def path(self, index: int) -> Path:
+        return self.root / self.names[index]
+
+
+@dataclass(frozen=True, eq=False)
+class MemorySource:
+    """Photos that are already in memory."""
+
+    items: Sequence[Item]
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> Item:
+        return self.items[index]
+
+    def path(self, index: int) -> None:
+        return None
+
+
+@dataclass(frozen=True, eq=False)
+class SelectedSource:
+    """Some of another source's photos, in the order of `indices`."""
+
+    source: Source
+    indices: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> Item:
+        return self.source[int(self.indices[index])]
+
+    def path(self, index: int) -> Path | None:
+        return self.source.path(int(self.indices[index]))
+
+
+@dataclass(frozen=True, eq=False)
+class JoinedSource:
+    """One source after another."""
+
+    first: Source
+    second: Source
+
+    def __len__(self) -> int:
+        return len(self.first) + len(self.second)
+
+    def __getitem__(self, index: int) -> Item:
+        source, local = self._locate(index)
+        return source[local]
+
+    def path(self, index: int) -> Path | None:
+        source, local = self._locate(index)
+        return source.path(local)
+
+    def _locate(self, index: int) -> tuple[Source, int]:
+        local = index - len(self.first)
+        return (self.first, index) if local < 0 else (self.second, local)
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """Photos with labels.
+
+    Attributes:
+        name: for messages and reports.
+        classes: the K class names; a label is an index into them.
+        labels: int32 [N], -1 where unlabelled.
+        ids: string [N], unique: POSIX paths relative to the root, or record keys.
+        source: the photos themselves.
+        groups: int32 [N] or None. Photos of one group (duplicates, copies and their original) are
+            never split apart.
+        notes: what the reader left out, for `summary`.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    labels: np.ndarray
+    ids: np.ndarray
+    source: Source
+    groups: np.ndarray | None = None
+    notes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "labels", np.asarray(self.labels, np.int32))
+        object.__setattr__(self, "ids", np.asarray(self.ids, ID_DTYPE))
+        if self.groups is not None:
+            object.__setattr__(self, "groups", np.asarray(self.groups, np.int32))
+        for values in (self.labels, self.ids, self.groups):
+            if values is not None and values.shape != (len(self.source),):
+                raise UsageError(f"dataset {self.name}: labels, ids and groups need one value per photo")
+        if len(self) and not UNLABELLED <= self.labels.min() <= self.labels.max() < len(self.classes):
+            raise UsageError(f"dataset {self.name}: labels must lie in [-1, {len(self.classes)})")
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __repr__(self) -> str:
+        return f"Dataset({self.name!r}, {len(self)} images, {len(self.classes)} classes)"
+
+    def image(self, index: int, *, short_side: int | None = None) -> np.ndarray:
+        """Photo `index` as uint8 [H, W, 3].
+
+        Args:
+            index: its position.
+            short_side: in pixels; a JPEG may be decoded at a reduced scale that keeps at least this much.
+
+        Raises:
+            ImageError: it cannot be read.
+        """
+        item = self.source[index]
+        if isinstance(item, bytes):
+            return images.decode(item, name=self.ids[index], short_side=short_side)
+        if item.dtype != np.uint8 or item.ndim != 3 or item.shape[2] != 3 or not item.size:
+            raise ImageError(
+                self.ids[index],
+                f"an image array must be uint8 [H, W, 3], not {item.dtype} {list(item.shape)}",
+            )
+        return item
+
+    def class_counts(self) -> np.ndarray:
+        """int64 [K]: the number of photos of each class."""
+        return np.bincount(self.labels[self.labels != UNLABELLED], minlength=len(self.classes))
+
+    def select(self, indices: Sequence[int] | np.ndarray) -> "Dataset":
+        """The photos at `indices` (integers), in that order."""
+        indices = np.asarray(indices, np.int64)
+        return replace(
+            self,
+            labels=self.labels[indices],
+            ids=self.ids[indices],
+            groups=None if self.groups is None else self.groups[indices],
+            source=SelectedSource(self.source, indices),
+            notes=(),
+        )
+
+    def select_ids(self, ids: Iterable[str]) -> "Dataset":
+        """The photos with these ids, in this order.
+
+        Raises:
+            DatasetError: an id that the dataset does not have.
+        """
+        wanted = np.asarray(list(ids), ID_DTYPE)
+        order = np.argsort(self.ids)
+        nearest = np.searchsorted(self.ids, wanted, sorter=order).clip(max=len(self) - 1)
+        found = order[nearest]
+        if (unknown := wanted[self.ids[found] != wanted]).size:
+            raise DatasetError(f"{unknown.size} ids are not in dataset {self.name}: first {unknown[0]}")
+        return self.select(found)
+
+    def filter(self, keep: Callable[[str, str | None], bool]) -> "Dataset":
+        """The photos for which `keep(id, class name or None)` is true."""
+        names = [None if label == UNLABELLED else self.classes[label] for label in self.labels]
+        return self.select([i for i, name in enumerate(names) if keep(self.ids[i], name)])
+
+    def relabel(self, new_classes: dict[str, str]) -> "Dataset":
+        """Rename classes; two classes with one new name become one.
+
+        Args:
+            new_classes: old name -> new name; the others keep theirs.
+
+        Raises:
+            UsageError: an old name that the dataset does not have.
+        """
+        if unknown := sorted(set(new_classes) - set(self.classes)):
+            raise UsageError(f"dataset {self.name} has no class {', '.join(unknown)}")
+        renamed = [new_classes.get(name, name) for name in self.classes]
+        classes = tuple(dict.fromkeys(renamed))
+        # One more entry, so that -1 (unlabelled) maps to itself.
+        table = np.asarray([*(classes.index(name) for name in renamed), UNLABELLED], np.int32)
+        return replace(self, classes=classes, labels=table[self.labels])
+
+    def with_classes(self, classes: Sequence[str]) -> "Dataset":
+        """The same photos, labelled by position in `classes`, such as a classifier's.
+
+        Raises:
+            UsageError: photos of a class that is not among them.
+        """
+        present = [name for name, count in zip(self.classes, self.class_counts(), strict=True) if count]
+        if unknown := sorted(set(present) - set(classes)):
+            raise UsageError(
+                f"dataset {self.name} has photos of {', '.join(unknown)}; known are {', '.join(classes)}: "
+                "relabel them, or filter them out"
+            )
+        position = {name: label for label, name in enumerate(classes)}
+        table = np.asarray([*(position.get(name, UNLABELLED) for name in self.classes), UNLABELLED], np.int32)
+        return replace(self, classes=tuple(classes), labels=table[self.labels])
+
+    def require_every_class(self) -> None:
+        """Check that a classifier can learn from this.
+
+        Raises:
+            DatasetError: fewer than two classes, a class without photos, or unlabelled photos.
+        """
+        if len(self.classes) < 2:
+            raise DatasetError(f"dataset {self.name} has {len(self.classes)} class: a classifier needs two")
+        if num_unlabelled := int((self.labels == UNLABELLED).sum()):
+            raise DatasetError(
+                f"dataset {self.name} has {num_unlabelled} unlabelled images: label or filter them"
+            )
+        if empty := [self.classes[i] for i in np.flatnonzero(self.class_counts() == 0)]:
+            raise DatasetError(
+                f"dataset {self.name} has no images of {', '.join(empty)}: add some, or leave the class out"
+            )
+
+    def merge(self, other: "Dataset") -> "Dataset":
+        """This dataset followed by `other`; classes are matched by name.
+
+        Ids that clash are prefixed with their dataset's name.
+        """
+        classes = tuple(dict.fromkeys((*self.classes, *other.classes)))
+        table = np.asarray([*(classes.index(name) for name in other.classes), UNLABELLED], np.int32)
+        ids = [self.ids, other.ids]
+        if np.intersect1d(self.ids, other.ids).size:
+            if self.name == other.name:
+                raise DatasetError(f"both datasets are named {self.name} and share ids: rename one of them")
+            ids = [np.asarray([f"{part.name}/{i}" for i in part.ids], ID_DTYPE) for part in (self, other)]
+        return Dataset(
+            name=self.name,
+            classes=classes,
+            labels=np.concatenate([self.labels, table[other.labels]]),
+            ids=np.concatenate(ids),
+            source=JoinedSource(self.source, other.source),
+            groups=_merge_groups(self, other),
+        )
+
+    def group_by_folder(self) -> "Dataset":
+        """Photos of one folder become one group, so that `split` keeps each folder on one side."""
+        folders = np.asarray([i.rpartition("/")[0] for i in self.ids], ID_DTYPE)
+        return replace(self, groups=np.unique(folders, return_inverse=True)[1])
+
+    def split(
+        self, train_size: float | int = 0.66, *, stratify: bool = True, seed: int = 0
+    ) -> tuple["Dataset", "Dataset"]:
+        """Divide into a training and a test set, the same on every platform.
+
+        A photo's side depends on the seed and its id alone, not on the order of reading. Sizes are
+        exact (rounded down for the training set) unless groups forbid it.
+
+        Args:
+            train_size: a fraction in (0, 1), or the number of training photos.
+            stratify: keep the share of every class.
+            seed: another seed, another split.
+
+        Raises:
+            DatasetError: a stratified class with one photo, or a side without any.
+        """
+        target = math.floor(train_size * len(self) + 1e-9) if isinstance(train_size, float) else train_size
+        if not 0 < target < len(self):
+            raise DatasetError(
+                f"train_size {train_size} of {len(self)} images leaves one side empty: "
+                "give a fraction between 0 and 1, or a number of images"
+            )
+        in_training = np.zeros(len(self), bool)
+        missing = 0
+        for units, quota in self._strata(target, stratify=stratify, seed=seed):
+            chosen, missing = _take(units, quota + missing)
+            in_training[chosen] = True
+        return self.select(np.flatnonzero(in_training)), self.select(np.flatnonzero(~in_training))
+
+    def split_by_ids(self, test_ids: Iterable[str]) -> tuple["Dataset", "Dataset"]:
+        """Training and test set, the latter given by its ids.
+
+        Raises:
+            DatasetError: an id that the dataset does not have, or an empty side.
+        """
+        return self._divide(np.isin(self.ids, self.select_ids(test_ids).ids), "these ids")
+
+    def split_by_folder(self, test_folder: str) -> tuple["Dataset", "Dataset"]:
+        """Training and test set; a photo with a folder named `test_folder` in its id is a test photo.
+
+        Raises:
+            DatasetError: an empty side.
+        """
+        in_test = np.asarray([test_folder in i.split("/")[:-1] for i in self.ids], bool)
+        return self._divide(in_test, f"folder {test_folder!r}")
+
+    def summary(self) -> str:
+        """Total, number of photos and three samples for each class, and what was left out."""
+        lines = [f"{self.name}: {len(self)} images, {len(self.classes)} classes"]
+        for label, (name, count) in enumerate(zip(self.classes, self.class_counts(), strict=True)):
+            lines.append(f"  {name}: {count}")
+            samples = np.flatnonzero(self.labels == label)[:3]
+            lines += [f"    {self.source.path(int(i)) or self.ids[i]}" for i in samples]
+        if num_unlabelled := int((self.labels == UNLABELLED).sum()):
+            lines.append(f"  (unlabelled): {num_unlabelled}")
+        return "\n".join([*lines, *self.notes])
+
+    def _divide(self, in_test: np.ndarray, what: str) -> tuple["Dataset", "Dataset"]:
+        if in_test.all() or not in_test.any():
+            side = "training" if in_test.all() else "test"
+            raise DatasetError(f"splitting {self.name} by {what} leaves the {side} set empty")
+        return self.select(np.flatnonzero(~in_test)), self.select(np.flatnonzero(in_test))
+
+    def _strata(self, target: int, *, stratify: bool, seed: int) -> list[tuple[list[np.ndarray], int]]:
+        """Units (photos that stay together, shuffled) and quota of each stratum; the flexible ones last."""
+        units = self._units(seed)
+        if not stratify:
+            return [(units, target)]
+        strata: dict[int, list[np.ndarray]] = {}
+        for unit in units:
+            values, counts = np.unique(self.labels[unit], return_counts=True)
+            strata.setdefault(int(values[counts.argmax()]), []).append(unit)
+        names = [self.classes[label] if label >= 0 else "(unlabelled)" for label in strata]
+        sizes = [sum(map(len, members)) for members in strata.values()]
+        quotas = _quotas(dict(zip(names, sizes, strict=True)), target)
+        num_single = [sum(len(unit) == 1 for unit in members) for members in strata.values()]
+        rows = sorted(
+            zip(num_single, strata.items(), quotas, strict=True), key=lambda row: (row[0], row[1][0])
+        )
+        return [(members, quota) for _, (_, members), quota in rows]
+
+    def _units(self, seed: int) -> list[np.ndarray]:
+        """Groups of positions that stay together, in an order drawn from seed and ids."""
+        group_of = np.arange(len(self)) if self.groups is None else self.groups
+        order = np.argsort(group_of, kind="stable")
+        starts = np.flatnonzero(np.diff(group_of[order], prepend=group_of[order[0]] - 1))
+        units = np.split(order, starts[1:])
+        # A keyed hash, not a generator: the same on every platform and NumPy version, and a photo
+        # added later does not move the others.
+        ranks = [_rank(seed, min(self.ids[i] for i in unit)) for unit in units]
+        return [units[i] for i in sorted(range(len(units)), key=ranks.__getitem__)]
+
+
+def from_items(items: Sequence[str | Path | Item], classes: tuple[str, ...] = ()) -> Dataset:
+    """An unlabelled dataset of paths, encoded bytes or uint8 [H, W, 3] arrays, in the given order.
+
+    The id of a path is the path itself; of anything else, its position.
+    """
+    items = list(items)
+    labels = np.full(len(items), UNLABELLED, np.int32)
+    if all(isinstance(item, str | Path) for item in items):
+        names = np.asarray([Path(item).as_posix() for item in items], ID_DTYPE)  # type: ignore[arg-type]
+        return Dataset("files", classes, labels, names, FileSource(Path(), names))
+    loaded = [Path(item).read_bytes() if isinstance(item, str | Path) else item for item in items]
+    return Dataset(
+        "images",
+        classes,
+        labels,
+        np.asarray(list(map(str, range(len(items)))), ID_DTYPE),
+        MemorySource(loaded),
+    )
+
+
+def scan(dataset: Dataset, *, max_bad_fraction: float = 0.0) -> Dataset:
+    """Decode every photo once and return the dataset without those that cannot be.
+
+    Args:
+        dataset: what to look through, on all cores, with a progress bar.
+        max_bad_fraction: fail when more than this share cannot be decoded.
+
+    Raises:
+        DatasetError: too many bad photos; the message lists the first of them.
+    """
+
+    def problem(index: int) -> str | None:
+        try:
+            dataset.image(index)
+        except ImageError as error:
+            return str(error)
+        return None
+
+    with ThreadPoolExecutor() as pool:
+        problems = list(
+            track(pool.map(problem, range(len(dataset))), "scanning", total=len(dataset), transient=True)
+        )
+    bad = [message for message in problems if message is not None]
+    if len(bad) > max_bad_fraction * len(dataset):
+        shown = "\n  ".join(bad[:10])
+        more = f"\n  and {len(bad) - 10} more" if len(bad) > 10 else ""
+        raise DatasetError(
+            f"{len(bad)} of {len(dataset)} images cannot be decoded; mend or remove them, "
+            f"or leave them out (--skip-bad, max_bad_fraction):\n  {shown}{more}"
+        )
+    if not bad:
+        return dataset
+    kept = dataset.select([i for i, message in enumerate(problems) if message is None])
+    return replace(kept, notes=(f"{len(bad)} undecodable images left out:", *(f"  {m}" for m in bad)))
+
+
+def _rank(seed: int, identifier: str) -> bytes:
+    return hashlib.blake2b(f"{seed}:{identifier}".encode(), digest_size=16).digest()
+
+
+def _quotas(sizes: dict[str, int], target: int) -> list[int]:
+    """Training photos per stratum by largest remainder, at least one on each side of every stratum."""
+    if single := [name for name, size in sizes.items() if size < 2]:
+        raise DatasetError(
+            f"class {', '.join(single)} has a single image, and a stratified split needs two of each: "
+            "add images, leave the class out, or split with stratify=False"
+        )
+    total = sum(sizes.values())
+    if not len(sizes) <= target <= total - len(sizes):
+        raise DatasetError(
+            f"{target} training and {total - target} test images cannot hold one of each of "
+            f"{len(sizes)} classes: change train_size, or split with stratify=False"
+        )
+    counts = np.asarray(list(sizes.values()))
+    shares = counts * target / total
+    quotas = np.clip(np.floor(shares).astype(int), 1, counts - 1)
+    while (missing := target - quotas.sum()) != 0:
+        step = int(np.sign(missing))
+        room = (quotas + step >= 1) & (quotas + step <= counts - 1)
+        quotas[np.where(room, step * (shares - quotas), -np.inf).argmax()] += step
+    return [int(quota) for quota in quotas]
+
+
+def _take(units: list[np.ndarray], quota: int) -> tuple[np.ndarray, int]:
+    """Units of `quota` photos together, or as near below as can be, and how many are missing."""
+    chosen, missing = [], quota
+    for unit in units:
+        if len(unit) <= missing:
+            chosen.append(unit)
+            missing -= len(unit)
+    if missing:
+        chosen = _nearest_sum(units, quota)
+        missing = quota - sum(map(len, chosen))
+    return np.concatenate(chosen) if chosen else np.empty(0, int), missing
+
+
+def _nearest_sum(units: list[np.ndarray], quota: int) -> list[np.ndarray]:
+    """The units whose sizes add up to the largest sum not above `quota` (subset sum)."""
+    reached: dict[int, tuple[int, int]] = {0: (-1, 0)}
+    for number, unit in enumerate(units):
+        for total in sorted(reached, reverse=True):
+            if total + len(unit) <= quota:
+                reached.setdefault(total + len(unit), (number, total))
+        if quota in reached:
+            break
+    total, chosen = max(reached), []
+    while total:
+        number, total = reached[total]
+        chosen.append(units[number])
+    return chosen
+
+
+def _merge_groups(first: Dataset, second: Dataset) -> np.ndarray | None:
+    if first.groups is None and second.groups is None:
+        return None
+    parts = [np.arange(len(part)) if part.groups is None else part.groups for part in (first, second)]
+    return np.concatenate([parts[0], parts[1] + parts[0].max(initial=-1) + 1])

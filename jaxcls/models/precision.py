@@ -1,0 +1,15 @@
+"""The dtype that convolutions compute in. Loads JAX only when asked for it."""
+
+from typing import Any, Literal
+
+Precision = Literal["auto", "float32", "bfloat16"]
+
+
+def compute_dtype(precision: Precision) -> Any:
+    """A JAX dtype; "auto": bfloat16 on accelerators, float32 on CPU, where XLA runs bfloat16 badly."""
+    import jax
+    import jax.numpy as jnp
+
+    if precision == "auto":
+        precision = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return {"float32": jnp.float32, "bfloat16": jnp.bfloat16}[precision]

@@ -1,0 +1,270 @@
+"""ResNet-18/34/50/101/152 (v1.5) in Flax Linen: normalised pixels to pooled features.
+
+The head is not part of the network: logits are `features @ kernel + bias`.
+`variables` is `{"params", "batch_stats"}`, all float32, with the modules named
+`stem/{conv,norm}` and `stage1..4/block1../{conv1,norm1,...,shortcut_conv,shortcut_norm}`.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache, partial
+from types import MappingProxyType
+from typing import Any, Literal, Protocol
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.typing import DTypeLike
+
+from jaxcls.errors import UsageError
+
+Module = Callable[..., Any]
+NUM_STAGES = 4
+STEM_FEATURES = 64
+BOTTLENECK_EXPANSION = 4
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """The depth of a ResNet.
+
+    Args:
+        stage_sizes: number of blocks in each of the four stages.
+        bottleneck: 1x1, 3x3, 1x1 blocks with four times as many output features, instead of two 3x3.
+    """
+
+    stage_sizes: tuple[int, ...]
+    bottleneck: bool
+
+    @property
+    def num_features(self) -> int:
+        """D, the width of the pooled features: 512, or 2048 with bottlenecks."""
+        return STEM_FEATURES * 2 ** (NUM_STAGES - 1) * (BOTTLENECK_EXPANSION if self.bottleneck else 1)
+
+
+ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
+    {
+        "resnet18": Architecture((2, 2, 2, 2), bottleneck=False),
+        "resnet34": Architecture((3, 4, 6, 3), bottleneck=False),
+        "resnet50": Architecture((3, 4, 6, 3), bottleneck=True),
+        "resnet101": Architecture((3, 4, 23, 3), bottleneck=True),
+        "resnet152": Architecture((3, 8, 36, 3), bottleneck=True),
+    }
+)
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions around a shortcut; `features` is the width of both."""
+
+    conv: Module
+    norm: Module
+    features: int
+    stride: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        # Padding is (1, 1), never SAME: torch pads both sides where SAME with stride 2 pads (0, 1).
+        y = self.conv(self.features, (3, 3), self.stride, padding=1, name="conv1")(x)
+        y = nn.relu(self.norm(name="norm1")(y))
+        y = self.conv(self.features, (3, 3), padding=1, name="conv2")(y)
+        y = self.norm(name="norm2")(y)
+        return nn.relu(_shortcut(self, x, y.shape[-1]) + y)
+
+
+class BottleneckBlock(nn.Module):
+    """1x1, 3x3 and 1x1 convolutions around a shortcut; `features` is the width of the 3x3."""
+
+    conv: Module
+    norm: Module
+    features: int
+    stride: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = self.conv(self.features, (1, 1), padding=0, name="conv1")(x)
+        y = nn.relu(self.norm(name="norm1")(y))
+        y = self.conv(self.features, (3, 3), self.stride, padding=1, name="conv2")(y)
+        y = nn.relu(self.norm(name="norm2")(y))
+        y = self.conv(BOTTLENECK_EXPANSION * self.features, (1, 1), padding=0, name="conv3")(y)
+        y = self.norm(name="norm3")(y)
+        return nn.relu(_shortcut(self, x, y.shape[-1]) + y)
+
+
+def _shortcut(block: BasicBlock | BottleneckBlock, x: jax.Array, features: int) -> jax.Array:
+    """`x` itself, or projected where the block changes its width or resolution."""
+    if block.stride == 1 and x.shape[-1] == features:
+        return x
+    x = block.conv(features, (1, 1), block.stride, padding=0, name="shortcut_conv")(x)
+    return block.norm(name="shortcut_norm")(x)
+
+
+class Stem(nn.Module):
+    """7x7 convolution and max pool: a quarter of the resolution, 64 features."""
+
+    conv: Module
+    norm: Module
+
+    @nn.compact
+    def __call__(self, pixels: jax.Array) -> jax.Array:
+        x = self.conv(STEM_FEATURES, (7, 7), 2, padding=3, name="conv")(pixels)
+        x = nn.relu(self.norm(name="norm")(x))
+        return nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
+
+
+class Stage(nn.Module):
+    """A run of blocks at one resolution; the first block changes it by `stride`."""
+
+    block: Module
+    num_blocks: int
+    stride: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        for index in range(self.num_blocks):
+            x = self.block(stride=self.stride if index == 0 else 1, name=f"block{index + 1}")(x)
+        return x
+
+
+class ResNet(nn.Module):
+    """The trunk: pixels [B, H, W, 3] -> pooled features [B, D] float32. See `make_apply` for the options."""
+
+    architecture: Architecture
+    dtype: DTypeLike = jnp.float32
+    batch_norm: Literal["train", "frozen"] = "train"
+    num_frozen_stages: int = 0
+
+    @nn.compact
+    def __call__(self, pixels: jax.Array, train: bool) -> jax.Array:
+        conv = partial(nn.Conv, use_bias=False, dtype=self.dtype)
+        block = BottleneckBlock if self.architecture.bottleneck else BasicBlock
+
+        def norm_of(stage: int) -> Module:
+            stored = not train or self.batch_norm == "frozen" or stage <= self.num_frozen_stages
+            return partial(
+                nn.BatchNorm, use_running_average=stored, momentum=0.9, epsilon=1e-5, dtype=self.dtype
+            )
+
+        x = Stem(conv, norm_of(1), name="stem")(pixels)
+        for stage, num_blocks in enumerate(self.architecture.stage_sizes, start=1):
+            features = STEM_FEATURES * 2 ** (stage - 1)
+            stage_block = partial(block, conv, norm_of(stage), features)
+            x = Stage(stage_block, num_blocks, stride=1 if stage == 1 else 2, name=f"stage{stage}")(x)
+            if stage == self.num_frozen_stages:
+                x = lax.stop_gradient(x)
+        return jnp.mean(x, axis=(1, 2), dtype=jnp.float32)
+
+
+class Apply(Protocol):
+    """A ResNet trunk as a pure function.
+
+    Args:
+        variables: `{"params", "batch_stats"}`.
+        pixels: [B, H, W, 3] float32, normalised.
+        train: batch norm uses the batch's statistics and updates the stored ones; a Python bool.
+
+    Returns:
+        features [B, D] float32, and batch_stats, which come back unchanged unless training updated them.
+    """
+
+    def __call__(
+        self, variables: Mapping[str, Any], pixels: jax.Array, train: bool
+    ) -> tuple[jax.Array, Any]: ...
+
+
+def make_apply(
+    architecture: str,
+    *,
+    dtype: DTypeLike = jnp.float32,
+    batch_norm: Literal["train", "frozen"] = "train",
+    num_frozen_stages: int = 0,
+) -> Apply:
+    """Make `apply(variables, pixels, train) -> (features, batch_stats)` for one architecture.
+
+    The stored variance follows the batch's biased variance, as Flax has it; torch
+    stores the unbiased one. They differ by 1/(n - 1) for n = B * H * W values a channel.
+
+    Args:
+        architecture: a key of `ARCHITECTURES`.
+        dtype: of the convolutions and activations. Parameters, statistics and features stay float32.
+        batch_norm: "frozen" uses the stored statistics in training too, and never updates them.
+        num_frozen_stages: 0 to 4. The stem and that many stages use the stored statistics
+            and pass no gradient; 0 freezes nothing, 4 the whole trunk.
+
+    Raises:
+        UsageError: an option outside these values.
+    """
+    if batch_norm not in ("train", "frozen"):
+        raise UsageError(f"batch_norm is {batch_norm!r}: use 'train' or 'frozen'")
+    _check_num_frozen_stages(num_frozen_stages)
+    network = ResNet(find_architecture(architecture), dtype, batch_norm, num_frozen_stages)
+
+    def apply(variables: Mapping[str, Any], pixels: jax.Array, train: bool) -> tuple[jax.Array, Any]:
+        features, updates = network.apply(variables, pixels, train, mutable=["batch_stats"] if train else [])
+        return features, updates["batch_stats"] if train else variables["batch_stats"]
+
+    return apply
+
+
+def find_architecture(name: str) -> Architecture:
+    """The row of `ARCHITECTURES`.
+
+    Raises:
+        UsageError: there is none of that name.
+    """
+    if name not in ARCHITECTURES:
+        raise UsageError(f"there is no architecture {name!r}: use one of {', '.join(ARCHITECTURES)}")
+    return ARCHITECTURES[name]
+
+
+def init_variables(architecture: str, key: jax.Array) -> dict[str, Any]:
+    """Draw random `{"params", "batch_stats"}` as NumPy arrays: He normal (fan out) kernels, scale 1, shift 0.
+
+    Raises:
+        UsageError: an unknown architecture.
+    """
+    # NumPy's generator: XLA would compile a draw for every shape of kernel, some 10 s.
+    generator = np.random.default_rng(np.asarray(jax.random.key_data(key)))
+
+    def draw(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> np.ndarray:
+        match path[-1].key:
+            case "kernel":
+                height, width, _, features = leaf.shape
+                scale = np.float32(np.sqrt(2 / (height * width * features)))
+                return scale * generator.standard_normal(leaf.shape, np.float32)
+            case "scale" | "var":
+                return np.ones(leaf.shape, np.float32)
+            case _:
+                return np.zeros(leaf.shape, np.float32)
+
+    return jax.tree.map_with_path(draw, abstract_variables(architecture))
+
+
+@cache
+def abstract_variables(architecture: str) -> dict[str, Any]:
+    """The tree of `init_variables` with `jax.ShapeDtypeStruct` leaves; computes nothing. Not to be changed.
+
+    Raises:
+        UsageError: an unknown architecture.
+    """
+    network = ResNet(find_architecture(architecture))
+    pixels = jnp.zeros((1, 32, 32, 3))  # parameters do not depend on the resolution
+    return jax.eval_shape(partial(network.init, train=False), jax.random.key(0), pixels)
+
+
+def frozen_param_mask(params: Mapping[str, Any], num_frozen_stages: int) -> Any:
+    """Tell which of a trunk's `params` `num_frozen_stages` freezes: a tree of bools, True where frozen.
+
+    Raises:
+        UsageError: `num_frozen_stages` is not 0 to 4.
+    """
+    _check_num_frozen_stages(num_frozen_stages)
+    stages = [f"stage{stage + 1}" for stage in range(num_frozen_stages)]
+    frozen = {"stem", *stages} if stages else set()
+    return {name: jax.tree.map(lambda _, name=name: name in frozen, tree) for name, tree in params.items()}
+
+
+def _check_num_frozen_stages(num_frozen_stages: int) -> None:
+    if not 0 <= num_frozen_stages <= NUM_STAGES:
+        raise UsageError(f"num_frozen_stages is {num_frozen_stages}: use 0 (nothing) to {NUM_STAGES} (all)")

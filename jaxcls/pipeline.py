@@ -1,0 +1,172 @@
+"""Grain streams a dataset as batches: decoded, cropped and stacked in workers, then put on the devices.
+
+The position in the data is the step. Training reads one endless stream of
+permutations; batch number `step` is positions [step * B, (step + 1) * B) of it, so
+every batch is full, every photo is seen equally often, and a run resumed at any
+step, with any number of workers, sees what an undisturbed one would have seen.
+
+JAX is imported only where arrays meet devices: Grain's workers import this module.
+"""
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import grain
+import numpy as np
+from absl import flags
+
+from jaxcls.augment.host import Augmentation, random_view
+from jaxcls.data.dataset import UNLABELLED, Dataset
+from jaxcls.errors import ImageError
+from jaxcls.preprocess import Preprocess
+
+if TYPE_CHECKING:
+    from jax.sharding import Sharding
+
+NUM_BATCHES_AHEAD = 2
+
+
+class Batch(NamedTuple):
+    """One step's photos.
+
+    Attributes:
+        images: uint8 [B, H, W, 3].
+        labels: int32 [B], -1 where unlabelled.
+        mask: bool [B], False for padding and for photos that could not be read.
+        indices: int32 [B], positions in the dataset; -1 for padding.
+        sizes: int32 [B, 2], height and width of the decoded photo.
+        errors: B messages, "" for photos that could be read.
+    """
+
+    images: np.ndarray
+    labels: np.ndarray
+    mask: np.ndarray
+    indices: np.ndarray
+    sizes: np.ndarray
+    errors: tuple[str, ...]
+
+
+class _Example(NamedTuple):
+    image: np.ndarray
+    label: int
+    index: int
+    size: tuple[int, int]
+    error: str
+
+
+@dataclass(frozen=True)
+class _Load:
+    """Photo `index` as an example of `size` pixels; the random view is drawn from (seed, position)."""
+
+    dataset: Dataset
+    preprocess: Preprocess
+    augmentation: Augmentation | None = None
+    seed: int = 0
+
+    def __call__(self, position: int, index: int) -> _Example:
+        preprocess, label = self.preprocess, int(self.dataset.labels[index])
+        try:
+            if self.augmentation is None:
+                image = self.dataset.image(index, short_side=preprocess.short_side)
+                view = preprocess.resize_and_crop(image)
+            else:
+                image = self.dataset.image(index, short_side=self.augmentation.short_side(preprocess))
+                generator = np.random.Generator(np.random.Philox(key=[self.seed, position]))
+                view = random_view(image, preprocess, self.augmentation, generator)
+        except ImageError as error:
+            blank = np.zeros((preprocess.size, preprocess.size, 3), np.uint8)
+            return _Example(blank, label, index, (0, 0), str(error))
+        return _Example(view, label, index, image.shape[:2], "")
+
+
+@dataclass(frozen=True)
+class _Stack:
+    """Examples as one `Batch`, padded up to `batch_size`."""
+
+    batch_size: int
+
+    def __call__(self, examples: Sequence[_Example]) -> Batch:
+        missing = self.batch_size - len(examples)
+        padding = _Example(np.zeros_like(examples[0].image), UNLABELLED, -1, (0, 0), "")
+        rows = [*examples, *[padding] * missing]
+        return Batch(
+            images=np.stack([row.image for row in rows]),
+            labels=np.asarray([row.label for row in rows], np.int32),
+            mask=np.asarray([row.index >= 0 and not row.error for row in rows]),
+            indices=np.asarray([row.index for row in rows], np.int32),
+            sizes=np.asarray([row.size for row in rows], np.int32),
+            errors=tuple(row.error for row in rows),
+        )
+
+
+def steps_per_epoch(num_examples: int, batch_size: int) -> int:
+    """ceil(N / B): the epoch's last batch is filled from the next permutation."""
+    return -(-num_examples // batch_size)
+
+
+def training_batches(
+    dataset: Dataset,
+    preprocess: Preprocess,
+    augmentation: Augmentation,
+    *,
+    batch_size: int,
+    seed: int,
+    first_step: int = 0,
+    num_workers: int = 0,
+) -> Iterator[Batch]:
+    """Full, shuffled, augmented batches without end. Close it (`contextlib.closing`).
+
+    Args:
+        dataset: what to draw from; smaller than a batch, it repeats within it.
+        preprocess: gives the size of the images.
+        augmentation: the random views.
+        batch_size: B.
+        seed: of order and views. The same for any `num_workers`.
+        first_step: start with this batch.
+        num_workers: processes that decode; 0: threads of this process.
+    """
+    order = grain.MapDataset.range(len(dataset)).shuffle(seed=seed).repeat()
+    examples = order.map_with_index(_Load(dataset, preprocess, augmentation, seed))
+    batches = examples.batch(batch_size, batch_fn=_Stack(batch_size))[first_step:]
+    return _iterate(batches, num_workers)
+
+
+def evaluation_batches(
+    dataset: Dataset, preprocess: Preprocess, *, batch_size: int, num_workers: int = 0
+) -> Iterator[Batch]:
+    """Every photo once, in order; the last batch padded and masked. Close it (`contextlib.closing`)."""
+    examples = grain.MapDataset.range(len(dataset)).map_with_index(_Load(dataset, preprocess))
+    return _iterate(examples.batch(batch_size, batch_fn=_Stack(batch_size)), num_workers)
+
+
+def on_devices(batches: Iterator[Batch], sharding: "Sharding") -> Iterator[tuple[Batch, Batch]]:
+    """Each batch twice: on the host, and with its arrays on the devices, copied ahead of use."""
+    import jax
+
+    with closing(batches):  # type: ignore[type-var]
+        ahead: deque[tuple[Batch, Batch]] = deque()
+        for batch in batches:
+            arrays = jax.device_put(batch[:-1], sharding)
+            ahead.append((batch, Batch(*arrays, errors=batch.errors)))
+            if len(ahead) > NUM_BATCHES_AHEAD:
+                yield ahead.popleft()
+        yield from ahead
+
+
+def _iterate(batches: grain.MapDataset, num_workers: int) -> Iterator[Batch]:
+    # A Grain worker parses absl's flags and fails in programs that are no absl programs.
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()
+    options = grain.ReadOptions(num_threads=_num_threads(num_workers), prefetch_buffer_size=NUM_BATCHES_AHEAD)
+    stream = batches.to_iter_dataset(options)
+    if num_workers:
+        # Batches are made before this line: split over workers first, they would depend on the number.
+        stream = stream.mp_prefetch(grain.MultiprocessingOptions(num_workers=num_workers))
+    return iter(stream)
+
+
+def _num_threads(num_workers: int) -> int:
+    return 1 if num_workers else NUM_BATCHES_AHEAD

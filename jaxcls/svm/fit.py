@@ -1,0 +1,87 @@
+"""`fit_svm`: a frozen backbone's features and a linear SVM become a classifier."""
+
+import warnings
+
+import numpy as np
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.preprocessing import normalize
+from sklearn.svm import LinearSVC
+
+from jaxcls.classifier import Classifier, Head
+from jaxcls.data.dataset import Dataset, scan
+from jaxcls.errors import UsageError
+from jaxcls.models.precision import Precision
+from jaxcls.models.pretrained import Backbone
+from jaxcls.scoring import extract_features
+
+
+def fit_svm(
+    dataset: Dataset,
+    backbone: Backbone | Classifier,
+    *,
+    C: float = 1.0,  # noqa: N803 - scikit-learn's name
+    class_weight: str | dict[str, float] | None = "balanced",
+    normalize_features: bool = False,
+    precision: Precision = "auto",
+    max_bad_fraction: float = 0.0,
+    progress: bool = False,
+) -> Classifier:
+    """Train scikit-learn's `LinearSVC`, one against the rest, on the pooled features of a dataset.
+
+    Args:
+        dataset: the training photos.
+        backbone: the frozen network; of a classifier, its (fine-tuned) backbone.
+        C: inverse regularisation, above 0; small values regularise more.
+        class_weight: "balanced", None, or a weight by class name (others 1).
+        normalize_features: divide each feature vector by its L2 norm, here and in the classifier.
+        precision: of the network's convolutions.
+        max_bad_fraction: go on without undecodable photos up to this share of the dataset.
+        progress: show a progress bar.
+
+    Returns:
+        A classifier whose scores are the margins of `decision_function`; with two classes the second
+        one's margin is scikit-learn's single column and the first one's its negative.
+
+    Raises:
+        DatasetError: undecodable photos, a class without photos, or unlabelled photos.
+        UsageError: C is not above 0, or a weight for an unknown class.
+    """
+    if not C > 0:
+        raise UsageError(f"C {C}: must be above 0")
+    dataset = scan(dataset, max_bad_fraction=max_bad_fraction)
+    dataset.require_every_class()
+    if isinstance(backbone, Classifier):
+        backbone = backbone.backbone
+    values, labels, _ = extract_features(backbone, dataset, precision=precision, progress=progress)
+    if normalize_features:
+        values = normalize(values)
+    machine = LinearSVC(C=C, class_weight=_by_label(class_weight, dataset.classes), random_state=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", ConvergenceWarning)
+        machine.fit(values, labels)
+    provenance = {
+        "method": "svm",
+        "solver": "scikit-learn LinearSVC",
+        "C": C,
+        "class_weight": class_weight,
+        "dataset": dataset.name,
+        "num_images": len(dataset),
+    }
+    return Classifier(backbone, _head(machine, normalize_features), dataset.classes, provenance)
+
+
+def _head(machine: LinearSVC, normalize_features: bool) -> Head:
+    kernel, bias = machine.coef_.T.astype(np.float32), machine.intercept_.astype(np.float32)
+    if kernel.shape[1] == 1:
+        kernel, bias = np.hstack([-kernel, kernel]), np.hstack([-bias, bias])
+    return Head(np.ascontiguousarray(kernel), bias, kind="margin", normalize=normalize_features)
+
+
+def _by_label(
+    class_weight: str | dict[str, float] | None, classes: tuple[str, ...]
+) -> str | dict[int, float] | None:
+    if not isinstance(class_weight, dict):
+        return class_weight
+    if unknown := sorted(set(class_weight) - set(classes)):
+        raise UsageError(f"class_weight names unknown classes: {', '.join(unknown)}")
+    return {classes.index(name): weight for name, weight in class_weight.items()}

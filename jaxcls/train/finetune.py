@@ -1,0 +1,364 @@
+"""`finetune`: a dataset and a backbone become a classifier. The only loop over training steps."""
+
+import json
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxcls.classifier import Classifier, Head
+from jaxcls.data.dataset import Dataset, scan
+from jaxcls.errors import DatasetError, TrainingError, UsageError
+from jaxcls.models.precision import compute_dtype
+from jaxcls.models.pretrained import Backbone
+from jaxcls.models.resnet import make_apply
+from jaxcls.parallel import batch_sharding, make_mesh, replicated
+from jaxcls.pipeline import Batch, evaluation_batches, on_devices, steps_per_epoch, training_batches
+from jaxcls.train.config import FinetuneConfig
+from jaxcls.train.optimizer import (
+    class_weights,
+    cosine_schedule,
+    decayed_mask,
+    per_epoch_schedule,
+    trainable_mask,
+    unit_gain_sgd,
+)
+from jaxcls.train.reporters import (
+    ConsoleReporter,
+    MetricsReporter,
+    PlotReporter,
+    Reporter,
+    Reporters,
+    TensorBoardReporter,
+)
+from jaxcls.train.state import TrainState, init_state
+from jaxcls.train.step import EvalStep, Sums, TrainStep, make_eval_step, make_train_step
+
+CLASSIFIER_FOLDER = "classifier"
+
+
+@dataclass(frozen=True)
+class FinetuneResult:
+    """What training leaves.
+
+    Attributes:
+        classifier: the trained one.
+        history: one row per epoch: epoch, step, learning_rate, train_loss, train_accuracy,
+            images_per_second and, with an evaluation set, eval_loss, eval_accuracy (micro),
+            eval_num_correct, eval_num_seen.
+        run_dir: where the run was written, or None.
+    """
+
+    classifier: Classifier
+    history: list[dict[str, Any]] = field(repr=False)
+    run_dir: Path | None
+
+
+def finetune(
+    dataset: Dataset,
+    backbone: Backbone,
+    config: FinetuneConfig | None = None,
+    *,
+    eval_dataset: Dataset | None = None,
+    run_dir: str | Path | None = None,
+    reporters: Sequence[Reporter] | None = None,
+) -> FinetuneResult:
+    """Train a backbone and a new head on a dataset, over all devices.
+
+    Args:
+        dataset: the training photos; each is decoded once before training, to find bad ones.
+        backbone: where to start; unchanged.
+        config: default: AMLPCV's recipe.
+        eval_dataset: evaluated after every epoch; never trained on.
+        run_dir: an empty or new folder for `config.json`, `metrics.jsonl`, TensorBoard events,
+            `accuracy.png` and `classifier/`. Ctrl-C leaves all of them as of the last whole epoch.
+        reporters: listeners besides those of `run_dir`. Default: the console.
+
+    Raises:
+        DatasetError: undecodable photos, a class without photos, or unlabelled photos.
+        UsageError: a configuration that cannot work, or a `run_dir` that holds something.
+        TrainingError: the loss is no longer finite; the message names step and photos.
+    """
+    run = _Run(dataset, backbone, config or FinetuneConfig(), eval_dataset, _empty_folder(run_dir))
+    return run.train(reporters)
+
+
+class _Run:
+    """One call of `finetune`: its programs, its state, and the last whole epoch."""
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        backbone: Backbone,
+        config: FinetuneConfig,
+        eval_dataset: Dataset | None,
+        run_dir: Path | None,
+    ) -> None:
+        self.config, self.backbone, self.run_dir = config, backbone, run_dir
+        self.dataset = _usable(dataset, config)
+        self.eval_dataset = None
+        if eval_dataset is not None:
+            self.eval_dataset = scan(eval_dataset, max_bad_fraction=config.max_bad_fraction).with_classes(
+                dataset.classes
+            )
+        self.steps_per_epoch = steps_per_epoch(len(self.dataset), config.batch_size)
+        self.mesh = make_mesh(config.batch_size)
+        self.schedule = _schedule(config, self.steps_per_epoch)
+        self.state, self.train_step, self.eval_step = self._programs(self.mesh)
+        self.history: list[dict[str, Any]] = []
+        self.kept: tuple[Any, Any] | None = None
+
+    def train(self, reporters: Sequence[Reporter] | None) -> FinetuneResult:
+        if reporters is None:
+            reporters = [
+                ConsoleReporter(self.config.num_epochs, self.steps_per_epoch, self.config.batch_size)
+            ]
+        with ExitStack() as stack:
+            reporter = Reporters([*reporters, *_run_reporters(self.run_dir)])
+            stack.callback(reporter.close)
+            # Also on Ctrl-C and on errors: what the last whole epoch made is kept.
+            stack.callback(self._save)
+            self._write_config()
+            reporter.message(self._describe())
+            with closing(self._stream()) as stream:  # type: ignore[type-var]
+                for epoch in range(1, self.config.num_epochs + 1):
+                    self._train_epoch(epoch, stream, reporter)
+        return FinetuneResult(self._classifier(), self.history, self.run_dir)
+
+    def _programs(self, mesh: Mesh) -> tuple[TrainState, TrainStep, EvalStep]:
+        config = self.config
+        frozen_norm = config.batch_norm == "frozen"
+        shapes = {
+            "backbone": self.backbone.variables["params"],
+            "head": {"kernel": np.empty((0, 0)), "bias": np.empty(0)},
+        }
+        optimizer = unit_gain_sgd(
+            self.schedule,
+            momentum=config.momentum,
+            l2=config.l2,
+            trainable=trainable_mask(
+                shapes, num_frozen_stages=config.num_frozen_stages, freeze_norm=frozen_norm
+            ),
+            decayed=decayed_mask(shapes),
+            clip_norm=1.0 if frozen_norm else None,
+        )
+        state = init_state(
+            self.backbone,
+            len(self.dataset.classes),
+            optimizer,
+            seed=config.seed,
+            use_ema=config.ema_decay is not None,
+        )
+        apply = make_apply(
+            self.backbone.architecture,
+            dtype=compute_dtype(config.precision),
+            batch_norm=config.batch_norm,
+            num_frozen_stages=config.num_frozen_stages,
+        )
+        preprocess = self.backbone.preprocess
+        train_step = make_train_step(
+            apply,
+            preprocess,
+            optimizer,
+            mesh,
+            dropout=config.dropout,
+            label_smoothing=config.label_smoothing,
+            weights=class_weights(config.class_weight, self.dataset.classes, self.dataset.class_counts()),
+            ema_decay=config.ema_decay,
+        )
+        return jax.device_put(state, replicated(mesh)), train_step, make_eval_step(apply, preprocess, mesh)
+
+    def _stream(self) -> Iterator[tuple[Batch, Batch]]:
+        batches = training_batches(
+            self.dataset,
+            self.backbone.preprocess,
+            self.config.augmentation,
+            batch_size=self.config.batch_size,
+            seed=self.config.seed,
+            num_workers=self.config.num_workers,
+        )
+        return on_devices(batches, batch_sharding(self.mesh))
+
+    def _train_epoch(self, epoch: int, stream: Iterator[tuple[Batch, Batch]], reporter: Reporter) -> None:
+        started = time.perf_counter()
+        rate = float(self.schedule((epoch - 1) * self.steps_per_epoch))
+        total = _Totals()
+        pending: list[tuple[Batch, Sums]] = []
+        for step in range(1, self.steps_per_epoch + 1):
+            batch, on_device = next(stream)
+            if message := next(filter(None, batch.errors), None):
+                raise DatasetError(f"a photo became unreadable during training: {message}")
+            self.state, sums = self.train_step(self.state, on_device.images, on_device.labels)
+            pending.append((batch._replace(images=np.empty(0)), sums))
+            if len(pending) == self.config.log_every or step == self.steps_per_epoch:
+                recent = self._fetch(pending, (epoch - 1) * self.steps_per_epoch + step)
+                total += recent
+                reporter.steps(
+                    len(pending), {"loss": recent.mean_loss, "error": 1 - recent.accuracy, "rate": rate}
+                )
+                pending.clear()
+        seconds = time.perf_counter() - started
+        row = {
+            "epoch": epoch,
+            "step": epoch * self.steps_per_epoch,
+            "learning_rate": rate,
+            "train_loss": total.mean_loss,
+            "train_accuracy": total.accuracy,
+            "images_per_second": total.num_seen / seconds,
+            **self._evaluate(),
+        }
+        self.history.append(row)
+        self.kept = jax.device_get((self.state.best_params, self.state.batch_stats))
+        reporter.epoch(row)
+
+    def _fetch(self, pending: list[tuple[Batch, Sums]], last_step: int) -> "_Totals":
+        """The sums of some steps, from the device; the first loss that is not finite ends the run."""
+        fetched = jax.device_get([sums for _, sums in pending])
+        for number, ((batch, _), sums) in enumerate(zip(pending, fetched, strict=True)):
+            if not np.isfinite(sums.loss):
+                step = last_step - len(pending) + number + 1
+                ids = ", ".join(self.dataset.ids[i] for i in batch.indices)
+                raise TrainingError(
+                    f"the loss is {sums.loss} at step {step}: lower the learning rates, or look at the batch: {ids}"
+                )
+        return _Totals(*(sum(values).item() for values in zip(*fetched, strict=True)))
+
+    def _evaluate(self) -> dict[str, Any]:
+        if self.eval_dataset is None:
+            return {}
+        total = _Totals()
+        batches = evaluation_batches(
+            self.eval_dataset,
+            self.backbone.preprocess,
+            batch_size=self.config.batch_size,
+            num_workers=self.config.num_workers,
+        )
+        with closing(on_devices(batches, batch_sharding(self.mesh))) as stream:  # type: ignore[type-var]
+            for _, batch in stream:
+                sums = self.eval_step(
+                    self.state.best_params, self.state.batch_stats, batch.images, batch.labels, batch.mask
+                )
+                total += _Totals(*(value.item() for value in sums))
+        return {
+            "eval_loss": total.mean_loss,
+            "eval_accuracy": total.accuracy,
+            "eval_num_correct": total.num_correct,
+            "eval_num_seen": total.num_seen,
+        }
+
+    def _classifier(self) -> Classifier:
+        assert self.kept is not None
+        params, batch_stats = self.kept
+        backbone = Backbone(
+            architecture=self.backbone.architecture,
+            variables={"params": params["backbone"], "batch_stats": batch_stats},
+            preprocess=self.backbone.preprocess,
+            pretrained_head=None,
+            pretrained_classes=None,
+            provenance=self.backbone.provenance,
+        )
+        provenance = {
+            "method": "finetune",
+            "dataset": self.dataset.name,
+            "num_images": len(self.dataset),
+            "config": asdict(self.config),
+            "num_epochs_done": len(self.history),
+        }
+        return Classifier(backbone, Head(**params["head"]), self.dataset.classes, provenance)
+
+    def _save(self) -> None:
+        if self.run_dir is not None and self.kept is not None:
+            self._classifier().save(self.run_dir / CLASSIFIER_FOLDER)
+
+    def _write_config(self) -> None:
+        if self.run_dir is None:
+            return
+        datasets = {"train": self.dataset, "eval": self.eval_dataset}
+        description = {
+            "config": asdict(self.config),
+            "backbone": {"architecture": self.backbone.architecture, **self.backbone.provenance},
+            "preprocess": self.backbone.preprocess.to_json(),
+            "datasets": {
+                name: {"name": part.name, "classes": part.classes, "num_images": len(part)}
+                for name, part in datasets.items()
+                if part is not None
+            },
+        }
+        text = json.dumps(description, indent=2, ensure_ascii=False)
+        (self.run_dir / "config.json").write_text(text + "\n", encoding="utf-8")
+
+    def _describe(self) -> str:
+        config = self.config
+        leaves = jax.tree.leaves(self.state.params)
+        device = jax.devices()[0]
+        lines = [
+            f"Fine-tuning {self.backbone.architecture} on {len(self.dataset)} images of {len(self.dataset.classes)} classes: "
+            f"{sum(leaf.size for leaf in leaves)} parameters in {len(leaves)} tensors",
+            f"{config.num_epochs} epochs of {self.steps_per_epoch} steps with {config.batch_size} images of "
+            f"{self.backbone.preprocess.size} px in {np.dtype(compute_dtype(config.precision)).name} "
+            f"on {self.mesh.size} x {device.device_kind}",
+        ]
+        if len(self.dataset) < config.batch_size:
+            lines.append(
+                f"The training set is smaller than a batch of {config.batch_size}: images repeat within it"
+            )
+        lines += self.dataset.notes
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class _Totals:
+    loss: float = 0.0
+    num_correct: int = 0
+    num_seen: int = 0
+
+    def __add__(self, other: "_Totals") -> "_Totals":
+        return _Totals(
+            self.loss + other.loss, self.num_correct + other.num_correct, self.num_seen + other.num_seen
+        )
+
+    @property
+    def mean_loss(self) -> float:
+        return self.loss / self.num_seen
+
+    @property
+    def accuracy(self) -> float:
+        return self.num_correct / self.num_seen
+
+
+def _usable(dataset: Dataset, config: FinetuneConfig) -> Dataset:
+    usable = scan(dataset, max_bad_fraction=config.max_bad_fraction)
+    usable.require_every_class()
+    return usable
+
+
+def _schedule(config: FinetuneConfig, steps: int) -> Any:
+    if config.schedule == "per_epoch":
+        return per_epoch_schedule(config.learning_rates, steps)
+    num_steps = config.num_epochs * steps
+    return cosine_schedule(config.learning_rates[0], num_steps, round(config.warmup_epochs * steps))
+
+
+def _run_reporters(run_dir: Path | None) -> list[Reporter]:
+    if run_dir is None:
+        return []
+    return [MetricsReporter(run_dir), TensorBoardReporter(run_dir), PlotReporter(run_dir)]
+
+
+def _empty_folder(path: str | Path | None) -> Path | None:
+    if path is None:
+        return None
+    folder = Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if any(folder.iterdir()):
+            raise UsageError(f"{folder} is not empty: give each run a folder of its own")
+    except OSError as error:
+        raise UsageError(f"{folder} cannot hold a run: {error.strerror}") from error
+    return folder

@@ -1,0 +1,114 @@
+"""The optimizer: SGD with unit-gain momentum, rates by epoch, and which parameters move."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+
+from jaxcls.errors import UsageError
+from jaxcls.models.resnet import frozen_param_mask
+
+
+def per_epoch_schedule(rates: Sequence[float], steps_per_epoch: int) -> optax.Schedule:
+    """One rate per epoch; the last holds on."""
+    if not rates or min(rates) < 0:
+        raise UsageError(f"learning rates {tuple(rates)}: give at least one, none below 0")
+    boundaries = [steps_per_epoch * epoch for epoch in range(1, len(rates))]
+    return optax.join_schedules([optax.constant_schedule(rate) for rate in rates], boundaries)
+
+
+def cosine_schedule(peak: float, num_steps: int, num_warmup_steps: int) -> optax.Schedule:
+    """Linear from 0 to `peak`, then half a cosine down to 0."""
+    if not 0 <= num_warmup_steps < num_steps:
+        raise UsageError(f"{num_warmup_steps} warm-up steps of {num_steps} leave none to train with")
+    return optax.warmup_cosine_decay_schedule(
+        0.0 if num_warmup_steps else peak, peak, num_warmup_steps, num_steps
+    )
+
+
+def unit_gain_sgd(
+    schedule: optax.Schedule,
+    *,
+    momentum: float,
+    l2: float,
+    trainable: Any,
+    decayed: Any,
+    clip_norm: float | None = None,
+) -> optax.GradientTransformation:
+    """SGD whose momentum averages: v = m v + (1 - m) (g + l2 w); w -= rate v.
+
+    CNTK's convention. Optax's and torch's momentum adds up instead, v = m v + g, so that
+    a rate here equals `rate * (1 - m)` there.
+
+    Args:
+        schedule: step -> rate.
+        momentum: m, in [0, 1).
+        l2: added to the gradient, times the parameter, where `decayed`.
+        trainable, decayed: trees of bools like the parameters.
+        clip_norm: the largest norm of the whole gradient, before `l2`; None: unlimited.
+    """
+    if not 0 <= momentum < 1:
+        raise UsageError(f"momentum {momentum}: must lie in [0, 1)")
+    moving = optax.chain(
+        optax.identity() if clip_norm is None else optax.clip_by_global_norm(clip_norm),
+        optax.masked(optax.add_decayed_weights(l2), lambda params: _like(decayed, params)),
+        optax.ema(momentum, debias=False),
+        optax.scale_by_learning_rate(schedule),
+    )
+    labels = jax.tree.map(lambda moves: "moving" if moves else "fixed", trainable)
+    return optax.partition({"moving": moving, "fixed": optax.set_to_zero()}, labels)
+
+
+def trainable_mask(params: Mapping[str, Any], *, num_frozen_stages: int, freeze_norm: bool) -> Any:
+    """Which parameters move: a tree of bools.
+
+    Args:
+        params: `{"backbone", "head"}`.
+        num_frozen_stages: as for `make_apply`.
+        freeze_norm: keep the scale and shift of every batch norm.
+    """
+    frozen = frozen_param_mask(params["backbone"], num_frozen_stages)
+    moves = jax.tree.map(
+        lambda stays, value: not stays and not (freeze_norm and value.ndim == 1), frozen, params["backbone"]
+    )
+    return {"backbone": moves, "head": jax.tree.map(lambda _: True, params["head"])}
+
+
+def decayed_mask(params: Any) -> Any:
+    """Kernels decay; biases and batch norm's scale and shift (all of rank 1) do not."""
+    return jax.tree.map(lambda value: value.ndim > 1, params)
+
+
+def class_weights(
+    rule: str | Mapping[str, float] | None, classes: Sequence[str], counts: np.ndarray
+) -> np.ndarray | None:
+    """float32 [K] weights of the loss, or None.
+
+    Args:
+        rule: None; "balanced": N / (K n_k), as scikit-learn; or class name -> weight (others 1).
+        classes: K names.
+        counts: int [K], n_k.
+    """
+    if rule is None:
+        return None
+    if rule == "balanced":
+        return (counts.sum() / (len(counts) * counts)).astype(np.float32)
+    if isinstance(rule, str):
+        raise UsageError(f"class_weight {rule!r}: use None, 'balanced' or a weight by class name")
+    if unknown := sorted(set(rule) - set(classes)):
+        raise UsageError(f"class_weight names unknown classes: {', '.join(unknown)}")
+    if min(rule.values(), default=0.0) < 0:
+        raise UsageError("class_weight: no weight may be below 0")
+    return np.asarray([rule.get(name, 1.0) for name in classes], np.float32)
+
+
+def _like(mask: Any, params: Any) -> Any:
+    """`mask` where `optax.partition` has left parameters, its placeholders elsewhere."""
+    return jax.tree.map(
+        lambda value, keep: value if isinstance(value, optax.MaskedNode) else keep,
+        params,
+        mask,
+        is_leaf=lambda value: isinstance(value, optax.MaskedNode),
+    )

@@ -254,6 +254,9 @@ def create_model(
         classes: their names, or only their number.
         image_size: in pixels.
         seed: of the random weights.
+
+    Raises:
+        UsageError: an unknown name.
     """
     names = tuple(f"class {i}" for i in range(classes)) if isinstance(classes, int) else tuple(classes)
     backbone_key, head_key = jax.random.split(jax.random.key(seed))

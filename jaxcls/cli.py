@@ -1,12 +1,16 @@
 """The command line: each subcommand is one call into the API, its flags a dataclass."""
 
+# Annotations stay text: evaluated, those of the API would load JAX before `--help` is printed.
+from __future__ import annotations
+
 import json
 import sys
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TextIO
 
 import tyro
 from tyro.conf import OmitArgPrefixes, Positional
@@ -212,7 +216,8 @@ class Predict(Command):
             _print_table(predictions)
         else:
             write = {"csv": predictions.write_csv, "jsonl": predictions.write_jsonl}[self.format]
-            write(self.out or sys.stdout)
+            with _open(self.out) as file:
+                write(file)
         return FAILED if predictions.errors else DONE
 
 
@@ -225,10 +230,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command = tyro.extras.subcommand_cli_from_dict(
         {kind.__name__.lower(): kind for kind in COMMANDS},
         prog="jaxcls",
-        description=f"jaxcls {jaxcls.__version__}: fine-tune, evaluate and serve ResNet image classifiers in JAX.",
+        description=f"jaxcls {jaxcls.__version__}: {jaxcls.__doc__.partition(chr(10))[0]}",
         args=arguments,
     )
     try:
+        from jaxcls.parallel import use_compilation_cache
+
+        use_compilation_cache(Storage.default().persistent / "compiled")
         return command.run()
     except JaxclsError as error:
         if command.debug:
@@ -242,8 +250,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _report(classifier: jaxcls.Classifier, dataset: jaxcls.Dataset, out: Path | None = None) -> int:
     """Print the evaluation; write predictions, plot and the ids evaluated on into `out`."""
-    from jaxcls.evaluation.plots import plot_confusion_matrix
-
+    plots = jaxcls.evaluation.plots
     predictions = jaxcls.predict(classifier, dataset, progress=True)
     evaluation = jaxcls.evaluate(predictions)
     print(evaluation)
@@ -251,9 +258,10 @@ def _report(classifier: jaxcls.Classifier, dataset: jaxcls.Dataset, out: Path | 
         print(f"jaxcls: {message}", file=sys.stderr)
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
-        predictions.write_csv(out / "predictions.csv")
+        with _open(out / "predictions.csv") as file:
+            predictions.write_csv(file)
         (out / "test_ids.txt").write_text("".join(f"{i}\n" for i in dataset.ids), encoding="utf-8")
-        plot_confusion_matrix(evaluation).figure.savefig(out / "confusion.png")
+        plots.save(plots.plot_confusion_matrix(evaluation), out / "confusion.png")
         print(f"predictions, test_ids.txt and confusion.png: {out}")
     return FAILED if predictions.errors else DONE
 
@@ -281,8 +289,9 @@ def _describe_installation() -> str:
 
     from jaxcls.models.pretrained import CATALOGUE
 
+    devices = jax.devices()
     lines = [
-        f"jaxcls {jaxcls.__version__}, jax {jax.__version__}, {len(jax.devices())} x {jax.devices()[0].device_kind}",
+        f"jaxcls {jaxcls.__version__}, jax {jax.__version__}, {len(devices)} x {devices[0].device_kind}",
         str(Storage.default()),
         "backbones: " + ", ".join(CATALOGUE),
     ]
@@ -305,6 +314,16 @@ def _describe_classifier(path: Path) -> str:
             f"parity: scores its stored images as when saved (relative difference {difference:.1e})",
         ]
     )
+
+
+def _open(path: Path | None) -> AbstractContextManager[TextIO]:
+    if path is None:
+        return nullcontext(sys.stdout)
+    try:
+        # A file name that is not UTF-8 cannot stand in a UTF-8 table: its odd bytes appear escaped.
+        return path.open("w", encoding="utf-8", errors="backslashreplace", newline="")
+    except OSError as error:
+        raise UsageError(f"{path} cannot be written: {error.strerror}") from error
 
 
 def _is_classifier(path: Path) -> bool:

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import grain
 import numpy as np
@@ -30,7 +30,7 @@ NUM_BATCHES_AHEAD = 2
 
 
 class Batch(NamedTuple):
-    """One step's photos.
+    """One step's photos; `images`, `labels` and `mask` are NumPy arrays or, after `on_devices`, JAX's.
 
     Attributes:
         images: uint8 [B, H, W, 3].
@@ -41,9 +41,9 @@ class Batch(NamedTuple):
         errors: B messages, "" for photos that could be read.
     """
 
-    images: np.ndarray
-    labels: np.ndarray
-    mask: np.ndarray
+    images: Any
+    labels: Any
+    mask: Any
     indices: np.ndarray
     sizes: np.ndarray
     errors: tuple[str, ...]
@@ -52,7 +52,7 @@ class Batch(NamedTuple):
 class _Example(NamedTuple):
     image: np.ndarray
     label: int
-    index: int
+    photo: int
     size: tuple[int, int]
     error: str
 
@@ -95,8 +95,8 @@ class _Stack:
         return Batch(
             images=np.stack([row.image for row in rows]),
             labels=np.asarray([row.label for row in rows], np.int32),
-            mask=np.asarray([row.index >= 0 and not row.error for row in rows]),
-            indices=np.asarray([row.index for row in rows], np.int32),
+            mask=np.asarray([row.photo >= 0 and not row.error for row in rows]),
+            indices=np.asarray([row.photo for row in rows], np.int32),
             sizes=np.asarray([row.size for row in rows], np.int32),
             errors=tuple(row.error for row in rows),
         )
@@ -142,15 +142,15 @@ def evaluation_batches(
     return _iterate(examples.batch(batch_size, batch_fn=_Stack(batch_size)), num_workers)
 
 
-def on_devices(batches: Iterator[Batch], sharding: "Sharding") -> Iterator[tuple[Batch, Batch]]:
-    """Each batch twice: on the host, and with its arrays on the devices, copied ahead of use."""
+def on_devices(batches: Iterator[Batch], sharding: "Sharding") -> Iterator[Batch]:
+    """The same batches with images, labels and mask on the devices, copied ahead of use. Close it too."""
     import jax
 
     with closing(batches):  # type: ignore[type-var]
-        ahead: deque[tuple[Batch, Batch]] = deque()
+        ahead: deque[Batch] = deque()
         for batch in batches:
-            arrays = jax.device_put(batch[:-1], sharding)
-            ahead.append((batch, Batch(*arrays, errors=batch.errors)))
+            images, labels, mask = jax.device_put((batch.images, batch.labels, batch.mask), sharding)
+            ahead.append(batch._replace(images=images, labels=labels, mask=mask))
             if len(ahead) > NUM_BATCHES_AHEAD:
                 yield ahead.popleft()
         yield from ahead

@@ -4,8 +4,7 @@ import csv
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TextIO, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -146,27 +145,22 @@ class Predictions:
     def _class_name(self, index: int) -> str | None:
         return None if index < 0 else self.classes[index]
 
-    def write_csv(self, path: str | Path) -> None:
-        """Write `rows` as CSV (RFC 4180) in UTF-8, with an empty cell for None.
+    def write_csv(self, file: TextIO) -> None:
+        """Write `rows` as CSV (RFC 4180), with an empty cell for None. Open the file with `newline=""`.
 
         In place of `scores` there is a column `score:<class>` for each class.
         """
-        # A file name that is not UTF-8 cannot stand in a UTF-8 table: its odd bytes appear escaped.
-        with Path(path).open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
-            writer = csv.writer(file)
-            fixed = ("id", "predicted", "score", "label", "abstained", "error")
-            writer.writerow([*fixed, *(f"score:{name}" for name in self.classes)])
-            for row in self.rows():
-                scores = row["scores"] or {}
-                writer.writerow(
-                    [*(row[name] for name in fixed), *(scores.get(name) for name in self.classes)]
-                )
+        writer = csv.writer(file)
+        fixed = ("id", "predicted", "score", "label", "abstained", "error")
+        writer.writerow([*fixed, *(f"score:{name}" for name in self.classes)])
+        for row in self.rows():
+            scores = row["scores"] or {}
+            writer.writerow([*map(row.get, fixed), *map(scores.get, self.classes)])
 
-    def write_jsonl(self, path: str | Path) -> None:
+    def write_jsonl(self, file: TextIO) -> None:
         """Write `rows` as JSON lines: one object for each image, null for what is not known."""
-        with Path(path).open("w", newline="\n", encoding="ascii") as file:
-            for row in self.rows():
-                file.write(json.dumps(row, allow_nan=False) + "\n")
+        for row in self.rows():
+            file.write(json.dumps(row, allow_nan=False) + "\n")
 
 
 def require_rank(k: int, num_classes: int) -> None:

@@ -22,6 +22,9 @@ INTERPOLATIONS = {
     "lanczos": Image.Resampling.LANCZOS,
 }
 
+MAX_STRIP = 64
+"""Long over short side. Only the centre is seen: resized whole, 1 x 65535 pixels would take gigabytes."""
+
 Box = tuple[float, float, float, float]
 
 
@@ -62,10 +65,13 @@ class Preprocess:
     def resize_and_crop(self, image: np.ndarray) -> np.ndarray:
         """The evaluation view: uint8 [H, W, 3] -> uint8 [size, size, 3].
 
-        The sizes are rounded as torchvision's `Resize` and `CenterCrop` round them.
+        The sizes are rounded as torchvision's `Resize` and `CenterCrop` round them. A strip of more
+        than 64 times its width is first cut to that about its centre.
         """
-        height, width = image.shape[:2]
-        short = min(height, width)
+        short = min(image.shape[:2])
+        height, width = (min(side, MAX_STRIP * short) for side in image.shape[:2])
+        above, before = (image.shape[0] - height) // 2, (image.shape[1] - width) // 2
+        image = image[above : above + height, before : before + width]
         resized_height = int(self.short_side * height / short)
         resized_width = int(self.short_side * width / short)
         top = round((resized_height - self.size) / 2)

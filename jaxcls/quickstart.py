@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,13 +12,12 @@ from sklearn.datasets import load_digits
 from jaxcls.classifier import create_model, load
 from jaxcls.data.folder import read_folder
 from jaxcls.errors import UsageError
+from jaxcls.evaluation import plots
 from jaxcls.evaluation.metrics import evaluate
-from jaxcls.evaluation.plots import plot_confusion_matrix
 from jaxcls.scoring import predict
 from jaxcls.svm.fit import fit_svm
 from jaxcls.train.finetune import FinetuneConfig, finetune
 
-DIGIT_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 IMAGE_SIZE = 32
 # From scratch, so without dropout; a mirrored digit is another sign, so without flips.
 CONFIG = FinetuneConfig(
@@ -34,10 +34,10 @@ The same with your own photos, one sub-folder per class, and pretrained weights:
 
 
 def write_digits(folder: Path) -> None:
-    """Write scikit-learn's digits as `folder/NAME/NUMBER.png`, 8 x 8 pixels, grey."""
+    """Write scikit-learn's digits as `folder/DIGIT/NUMBER.png`, 8 x 8 pixels, grey."""
     digits = load_digits()
     for number, (pixels, label) in enumerate(zip(digits.images, digits.target, strict=True)):
-        target = folder / DIGIT_NAMES[label] / f"{number:04d}.png"
+        target = folder / str(label) / f"{number:04d}.png"
         target.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(np.rint(pixels * (255 / 16)).astype(np.uint8)).save(target)
 
@@ -64,11 +64,13 @@ def quickstart(folder: Path, show: Callable[[str], None] = print) -> None:
         f"\nTraining ResNet-18 from scratch at {IMAGE_SIZE} px on {len(train)} images, testing on {len(test)}"
     )
     untrained = create_model("resnet18", train.classes, image_size=IMAGE_SIZE).backbone
+    # The digits fill their pictures: nothing to crop away.
+    untrained = replace(untrained, preprocess=replace(untrained.preprocess, crop_fraction=1.0))
     result = finetune(train, untrained, CONFIG, eval_dataset=test, run_dir=folder / "run")
     evaluation = evaluate(predict(result.classifier, test))
     show(f"\n{evaluation}")
     plot = folder / "confusion.png"
-    plot_confusion_matrix(evaluation).figure.savefig(plot)
+    plots.save(plots.plot_confusion_matrix(evaluation), plot)
 
     svm = fit_svm(train, result.classifier, C=0.01)
     svm.save(folder / "svm.jaxcls")

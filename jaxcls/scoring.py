@@ -8,7 +8,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from rich.progress import track
 
 from jaxcls.classifier import PARITY_TOLERANCE, Classifier, apply_head, load_parity, make_forward
 from jaxcls.data.dataset import UNLABELLED, Dataset, Item, from_items
@@ -19,6 +18,7 @@ from jaxcls.models.resnet import make_apply
 from jaxcls.parallel import batch_sharding, make_mesh, replicated
 from jaxcls.pipeline import evaluation_batches, on_devices, steps_per_epoch
 from jaxcls.predictions import Predictions
+from jaxcls.progress import show_progress
 
 BATCH_SIZES = (1, 8, 64)
 Items = Dataset | Sequence[str | Path | Item]
@@ -81,6 +81,10 @@ def make_scorer(
         classifier: what to compile.
         batch_sizes: the values of B. Another one is an error, never a compilation.
         precision: of the convolutions: "float32", "bfloat16", or "auto".
+
+    Raises:
+        UsageError: no batch size or one below 1; from the result: images of another dtype or shape, or a
+            batch size that was not compiled.
     """
     forward = make_forward(classifier, compute_dtype(precision))
 
@@ -225,11 +229,9 @@ def _run(
     batches = evaluation_batches(dataset, preprocess, batch_size=batch_size, num_workers=num_workers)
     with closing(on_devices(batches, batch_sharding(make_mesh(batch_size)))) as stream:  # type: ignore[type-var]
         total = steps_per_epoch(len(dataset), batch_size)
-        for batch, device_batch in track(
-            stream, progress or "", total, disable=progress is None, transient=True
-        ):
-            values = np.asarray(program(device_batch.images))
-            rows[batch.indices[batch.mask]] = values[batch.mask]
+        for batch in show_progress(stream, progress, total) if progress else stream:
+            mask = np.asarray(batch.mask)
+            rows[batch.indices[mask]] = np.asarray(program(batch.images))[mask]
             errors |= {int(i): e for i, e in zip(batch.indices, batch.errors, strict=True) if e}
     return rows, errors
 

@@ -7,7 +7,9 @@ os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_p
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("MPLBACKEND", "Agg")
 
+import numpy as np
 import pytest
+from PIL import Image
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
@@ -27,3 +29,41 @@ def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip(f"the photos and weights that this test reads are not at {SHARED}")
     return SHARED
+
+
+@pytest.fixture(scope="session")
+def compilation_cache(tmp_path_factory) -> Path:
+    """Programs compiled twice in a session, such as by two runs with one configuration, compile once."""
+    from jaxcls.parallel import use_compilation_cache
+
+    folder = tmp_path_factory.mktemp("compiled")
+    use_compilation_cache(folder)
+    return folder
+
+
+def write_photos(folder: Path, counts: dict[str, int], seed: int = 0) -> Path:
+    """Write noisy photos of one plain colour per class, 40 x 48 pixels, as `folder/CLASS/NUMBER.png`."""
+    generator = np.random.default_rng(seed)
+    for name, count in counts.items():
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        for number in range(count):
+            pixels = generator.integers(0, 100, (40, 48, 3), np.uint8)
+            pixels[..., ("red", "green", "blue").index(name)] += 120
+            Image.fromarray(pixels).save(folder / name / f"{number}.png")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory):
+    """A dataset of 6 red and 6 blue photos, in files."""
+    from jaxcls.data.folder import read_folder
+
+    return read_folder(write_photos(tmp_path_factory.mktemp("photos"), {"blue": 6, "red": 6}))
+
+
+@pytest.fixture(scope="session")
+def backbone(compilation_cache):
+    """An untrained ResNet-18 for 32 x 32 pixels."""
+    from jaxcls.classifier import create_model
+
+    return create_model("resnet18", 2, image_size=32).backbone

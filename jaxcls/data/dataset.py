@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
-from rich.progress import track
 
 from jaxcls.data import images
 from jaxcls.errors import DatasetError, ImageError, UsageError
+from jaxcls.progress import show_progress
 
 UNLABELLED = -1
 ID_DTYPE = np.dtypes.StringDType()
@@ -43,10 +43,7 @@ class FileSource:
         return len(self.names)
 
     def __getitem__(self, index: int) -> bytes:
-        try:
-            return self.path(index).read_bytes()
-        except OSError as error:
-            raise ImageError(str(self.path(index)), error.strerror or "cannot be read") from error
+        return images.read_bytes(self.path(index))
 
     def path(self, index: int) -> Path:
         return self.root / self.names[index]
@@ -160,7 +157,9 @@ class Dataset:
         """
         item = self.source[index]
         if isinstance(item, bytes):
-            return images.decode(item, name=self.ids[index], short_side=short_side)
+            return images.decode(
+                item, name=str(self.source.path(index) or self.ids[index]), short_side=short_side
+            )
         if item.dtype != np.uint8 or item.ndim != 3 or item.shape[2] != 3 or not item.size:
             raise ImageError(
                 self.ids[index],
@@ -190,13 +189,11 @@ class Dataset:
         Raises:
             DatasetError: an id that the dataset does not have.
         """
-        wanted = np.asarray(list(ids), ID_DTYPE)
-        order = np.argsort(self.ids)
-        nearest = np.searchsorted(self.ids, wanted, sorter=order).clip(max=len(self) - 1)
-        found = order[nearest]
-        if (unknown := wanted[self.ids[found] != wanted]).size:
-            raise DatasetError(f"{unknown.size} ids are not in dataset {self.name}: first {unknown[0]}")
-        return self.select(found)
+        ids = list(ids)
+        position = {own_id: index for index, own_id in enumerate(self.ids)}
+        if unknown := [wanted for wanted in ids if wanted not in position]:
+            raise DatasetError(f"{len(unknown)} ids are not in dataset {self.name}: first {unknown[0]}")
+        return self.select([position[wanted] for wanted in ids])
 
     def filter(self, keep: Callable[[str, str | None], bool]) -> "Dataset":
         """The photos for which `keep(id, class name or None)` is true."""
@@ -284,8 +281,10 @@ class Dataset:
     ) -> tuple["Dataset", "Dataset"]:
         """Divide into a training and a test set, the same on every platform.
 
-        A photo's side depends on the seed and its id alone, not on the order of reading. Sizes are
-        exact (rounded down for the training set) unless groups forbid it.
+        The sides depend on the seed and the ids, not on the order of reading; adding photos later
+        moves few of the others across. Sizes are exact (rounded down for the training set) unless
+        groups stand in the way: then classes are filled one after the other, those with the fewest
+        ungrouped photos first, each as near to its share as whole groups come.
 
         Args:
             train_size: a fraction in (0, 1), or the number of training photos.
@@ -293,7 +292,7 @@ class Dataset:
             seed: another seed, another split.
 
         Raises:
-            DatasetError: a stratified class with one photo, or a side without any.
+            DatasetError: a stratified class with one photo or group, or a side without any.
         """
         target = math.floor(train_size * len(self) + 1e-9) if isinstance(train_size, float) else train_size
         if not 0 < target < len(self):
@@ -345,20 +344,19 @@ class Dataset:
     def _strata(self, target: int, *, stratify: bool, seed: int) -> list[tuple[list[np.ndarray], int]]:
         """Units (photos that stay together, shuffled) and quota of each stratum; the flexible ones last."""
         units = self._units(seed)
+        if len(units) < 2:
+            raise DatasetError(f"the images of {self.name} are all of one group, and a split keeps it whole")
         if not stratify:
             return [(units, target)]
-        strata: dict[int, list[np.ndarray]] = {}
+        strata: dict[str, list[np.ndarray]] = {}
         for unit in units:
             values, counts = np.unique(self.labels[unit], return_counts=True)
-            strata.setdefault(int(values[counts.argmax()]), []).append(unit)
-        names = [self.classes[label] if label >= 0 else "(unlabelled)" for label in strata]
-        sizes = [sum(map(len, members)) for members in strata.values()]
-        quotas = _quotas(dict(zip(names, sizes, strict=True)), target)
-        num_single = [sum(len(unit) == 1 for unit in members) for members in strata.values()]
-        rows = sorted(
-            zip(num_single, strata.items(), quotas, strict=True), key=lambda row: (row[0], row[1][0])
-        )
-        return [(members, quota) for _, (_, members), quota in rows]
+            label = values[counts.argmax()]
+            name = "(unlabelled)" if label == UNLABELLED else self.classes[label]
+            strata.setdefault(name, []).append(unit)
+        quotas = _quotas(strata, target)
+        order = sorted(strata, key=lambda name: (sum(len(unit) == 1 for unit in strata[name]), name))
+        return [(strata[name], quotas[name]) for name in order]
 
     def _units(self, seed: int) -> list[np.ndarray]:
         """Groups of positions that stay together, in an order drawn from seed and ids."""
@@ -366,8 +364,8 @@ class Dataset:
         order = np.argsort(group_of, kind="stable")
         starts = np.flatnonzero(np.diff(group_of[order], prepend=group_of[order[0]] - 1))
         units = np.split(order, starts[1:])
-        # A keyed hash, not a generator: the same on every platform and NumPy version, and a photo
-        # added later does not move the others.
+        # A keyed hash, not a generator: the same on every platform and NumPy version, and photos
+        # added later leave the order of the others as it is.
         ranks = [_rank(seed, min(self.ids[i] for i in unit)) for unit in units]
         return [units[i] for i in sorted(range(len(units)), key=ranks.__getitem__)]
 
@@ -376,13 +374,20 @@ def from_items(items: Sequence[str | Path | Item], classes: tuple[str, ...] = ()
     """An unlabelled dataset of paths, encoded bytes or uint8 [H, W, 3] arrays, in the given order.
 
     The id of a path is the path itself; of anything else, its position.
+
+    Raises:
+        UsageError: a path that is not UTF-8.
     """
     items = list(items)
     labels = np.full(len(items), UNLABELLED, np.int32)
     if all(isinstance(item, str | Path) for item in items):
-        names = np.asarray([Path(item).as_posix() for item in items], ID_DTYPE)  # type: ignore[arg-type]
+        paths = [Path(item).as_posix() for item in items]  # type: ignore[arg-type]
+        try:
+            names = np.asarray(paths, ID_DTYPE)
+        except UnicodeEncodeError as error:
+            raise UsageError(f"{error.object!a}: the name is not UTF-8: rename the file") from error
         return Dataset("files", classes, labels, names, FileSource(Path(), names))
-    loaded = [Path(item).read_bytes() if isinstance(item, str | Path) else item for item in items]
+    loaded = [images.read_bytes(item) if isinstance(item, str | Path) else item for item in items]
     return Dataset(
         "images",
         classes,
@@ -411,9 +416,7 @@ def scan(dataset: Dataset, *, max_bad_fraction: float = 0.0) -> Dataset:
         return None
 
     with ThreadPoolExecutor() as pool:
-        problems = list(
-            track(pool.map(problem, range(len(dataset))), "scanning", total=len(dataset), transient=True)
-        )
+        problems = list(show_progress(pool.map(problem, range(len(dataset))), "scanning", len(dataset)))
     bad = [message for message in problems if message is not None]
     if len(bad) > max_bad_fraction * len(dataset):
         shown = "\n  ".join(bad[:10])
@@ -425,62 +428,59 @@ def scan(dataset: Dataset, *, max_bad_fraction: float = 0.0) -> Dataset:
     if not bad:
         return dataset
     kept = dataset.select([i for i, message in enumerate(problems) if message is None])
-    return replace(kept, notes=(f"{len(bad)} undecodable images left out:", *(f"  {m}" for m in bad)))
+    notes = (f"{len(bad)} undecodable images left out:", *(f"  {message}" for message in bad))
+    return replace(kept, notes=(*dataset.notes, *notes))
 
 
 def _rank(seed: int, identifier: str) -> bytes:
     return hashlib.blake2b(f"{seed}:{identifier}".encode(), digest_size=16).digest()
 
 
-def _quotas(sizes: dict[str, int], target: int) -> list[int]:
+def _quotas(strata: dict[str, list[np.ndarray]], target: int) -> dict[str, int]:
     """Training photos per stratum by largest remainder, at least one on each side of every stratum."""
-    if single := [name for name, size in sizes.items() if size < 2]:
+    if single := [name for name, units in strata.items() if len(units) < 2]:
         raise DatasetError(
-            f"class {', '.join(single)} has a single image, and a stratified split needs two of each: "
-            "add images, leave the class out, or split with stratify=False"
+            f"class {', '.join(single)} has a single image or group, and a stratified split needs two of "
+            "each: add images, leave the class out, or split with stratify=False"
         )
-    total = sum(sizes.values())
-    if not len(sizes) <= target <= total - len(sizes):
+    counts = np.asarray([sum(map(len, units)) for units in strata.values()])
+    total = int(counts.sum())
+    if not len(strata) <= target <= total - len(strata):
         raise DatasetError(
             f"{target} training and {total - target} test images cannot hold one of each of "
-            f"{len(sizes)} classes: change train_size, or split with stratify=False"
+            f"{len(strata)} classes: change train_size, or split with stratify=False"
         )
-    counts = np.asarray(list(sizes.values()))
     shares = counts * target / total
     quotas = np.clip(np.floor(shares).astype(int), 1, counts - 1)
     while (missing := target - quotas.sum()) != 0:
         step = int(np.sign(missing))
         room = (quotas + step >= 1) & (quotas + step <= counts - 1)
         quotas[np.where(room, step * (shares - quotas), -np.inf).argmax()] += step
-    return [int(quota) for quota in quotas]
+    return dict(zip(strata, map(int, quotas), strict=True))
 
 
 def _take(units: list[np.ndarray], quota: int) -> tuple[np.ndarray, int]:
-    """Units of `quota` photos together, or as near below as can be, and how many are missing."""
-    chosen, missing = [], quota
+    """Some of the units, never all, of `quota` photos or as near as can be; and how many are missing."""
+    chosen, room = [], min(max(quota, 1), sum(map(len, units)) - 1)
     for unit in units:
-        if len(unit) <= missing:
+        if len(unit) <= room:
             chosen.append(unit)
-            missing -= len(unit)
-    if missing:
-        chosen = _nearest_sum(units, quota)
-        missing = quota - sum(map(len, chosen))
-    return np.concatenate(chosen) if chosen else np.empty(0, int), missing
+            room -= len(unit)
+    positions = np.concatenate(_nearest_sum(units, quota) if room else chosen)
+    return positions, quota - len(positions)
 
 
 def _nearest_sum(units: list[np.ndarray], quota: int) -> list[np.ndarray]:
-    """The units whose sizes add up to the largest sum not above `quota` (subset sum)."""
-    reached: dict[int, tuple[int, int]] = {0: (-1, 0)}
-    for number, unit in enumerate(units):
-        for total in sorted(reached, reverse=True):
-            if total + len(unit) <= quota:
-                reached.setdefault(total + len(unit), (number, total))
-        if quota in reached:
-            break
-    total, chosen = max(reached), []
-    while total:
-        number, total = reached[total]
-        chosen.append(units[number])
+    """The units, not none and not all, whose sizes add up to the sum nearest to `quota` (subset sum)."""
+    reached = [1]  # Bit s of number n: some of the first n units hold s photos.
+    for unit in units:
+        reached.append(reached[-1] | reached[-1] << len(unit))
+    sums = [total for total in range(1, sum(map(len, units))) if reached[-1] >> total & 1]
+    total, chosen = min(sums, key=lambda total: abs(total - quota)), []
+    for unit, reached_before in zip(units[::-1], reached[-2::-1], strict=True):
+        if not reached_before >> total & 1:
+            chosen.append(unit)
+            total -= len(unit)
     return chosen
 
 

@@ -17,6 +17,7 @@ class _Listing:
     """What one walk over a tree found, as paths relative to its root."""
 
     images: list[str] = field(default_factory=list)
+    not_utf8: list[str] = field(default_factory=list)
     hidden: list[str] = field(default_factory=list)
     other: list[str] = field(default_factory=list)
 
@@ -26,8 +27,9 @@ def read_folder(
 ) -> Dataset:
     """Read a folder of photos: each sub-folder is a class, folders below it belong to it.
 
-    Hidden files and files that are no images (by suffix) are skipped and counted; a class folder
-    without images is left out and named. `summary()` tells of both.
+    Hidden files, files that are no images (by suffix), images outside any class folder and images
+    whose names are not UTF-8 are skipped and counted; a class folder without images is left out and
+    named. `summary()` tells of all.
 
     Args:
         path: the folder.
@@ -86,9 +88,14 @@ def list_images(root: Path) -> _Listing:
             if file.startswith("."):
                 kind = listing.hidden
             elif Path(file).suffix.lower() in SUFFIXES:
-                kind = listing.images
+                kind = listing.images if _is_utf8(prefix + file) else listing.not_utf8
             kind.append(file if prefix == "." else f"{prefix}/{file}")
     return listing
+
+
+def _is_utf8(name: str) -> bool:
+    """Whether the file system's bytes for a name are UTF-8; Python decodes others as surrogates."""
+    return not any("\ud800" <= character <= "\udfff" for character in name)
 
 
 def _check_classes(root: Path, found: list[str], classes: Sequence[str] | None, *, num_loose: int) -> None:
@@ -111,6 +118,7 @@ def _notes(root: Path, found: list[str], listing: _Listing, loose: list[str]) ->
     rows = (
         ("class folders without images", [name for name in folders if name not in found]),
         ("images outside any class folder, skipped", loose),
+        ("names that are not UTF-8, skipped", listing.not_utf8),
         ("files that are no images, skipped", listing.other),
         ("hidden files, skipped", listing.hidden),
     )
@@ -118,4 +126,5 @@ def _notes(root: Path, found: list[str], listing: _Listing, loose: list[str]) ->
 
 
 def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+    shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+    return shown.encode(errors="backslashreplace").decode()

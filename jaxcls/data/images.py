@@ -18,7 +18,8 @@ What becomes of each kind of pixel:
 
 Any number of threads may decode at once. `warnings.catch_warnings` acts on the
 whole process, so Pillow's warnings are not silenced but avoided: its plugins get
-files without the parts that they would warn about.
+files without the parts that they would warn about. Only libtiff, from C, may
+still write a line on a damaged TIFF to the standard error stream.
 """
 
 import re
@@ -47,7 +48,7 @@ SUFFIXES = frozenset({".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp",
 """Lower-case file suffixes that count as images."""
 
 MAX_FILE_BYTES = 512 * 2**20
-"""`read` refuses larger files: 40 megapixels of uncompressed 16-bit RGBA are 320 MB."""
+"""`read_bytes` refuses larger files: 40 megapixels of uncompressed 16-bit RGBA are 320 MB."""
 
 MAX_SIDE = 65535
 """Longest side, in pixels: JPEG's own limit."""
@@ -56,11 +57,11 @@ MAX_SCANS = 100
 """Passes over the picture in one JPEG. Cameras write 1, progressive encoders about 10."""
 
 
-def read(path: str | Path, *, short_side: int | None = None, max_pixels: int = 40_000_000) -> np.ndarray:
-    """Decode the image file at `path`; see `decode`.
+def read_bytes(path: str | Path) -> bytes:
+    """The content of an image file, for `decode`.
 
     Raises:
-        ImageError: also where the file cannot be read, is no regular file, or exceeds `MAX_FILE_BYTES`.
+        ImageError: it cannot be read, is no regular file, or exceeds `MAX_FILE_BYTES`.
     """
     name = str(path)
     try:
@@ -70,12 +71,11 @@ def read(path: str | Path, *, short_side: int | None = None, max_pixels: int = 4
             raise ImageError(name, "not a regular file")
         if status.st_size > MAX_FILE_BYTES:
             raise ImageError(name, f"{status.st_size:,} bytes; at most {MAX_FILE_BYTES:,} are read")
-        data = Path(path).read_bytes()
+        return Path(path).read_bytes()
     except OSError as error:
         raise ImageError(name, f"cannot be read: {error.strerror}") from error
     except ValueError as error:  # a null character in the path
         raise ImageError(name, f"cannot be read: {error}") from error
-    return decode(data, name=name, short_side=short_side, max_pixels=max_pixels)
 
 
 def decode(
@@ -176,35 +176,13 @@ class _Entry(NamedTuple):
 
 _ORDERS = {b"II*\0": "<", b"MM\0*": ">"}
 _INTEGERS = {1: "B", 3: "H", 4: "L"}
+_STRINGS = (1, 2, 7)
+"""Kinds that Pillow reads as one value however long they are."""
 _KIND_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4}
 _PIXEL_TAGS = frozenset(
-    {
-        256,
-        257,
-        258,
-        259,
-        262,
-        266,
-        273,
-        277,
-        278,
-        279,
-        284,
-        292,
-        293,
-        317,
-        320,
-        322,
-        323,
-        324,
-        325,
-        338,
-        339,
-        347,
-    }
-    | set(range(512, 522))
-    | {529, 530, 532}
-)
+    [256, 257, 258, 259, 262, 266, 273, 277, 278, 279, 284, 292, 293, 317, 320, 322, 323, 324, 325, 338, 339,
+     347, 512, 513, 514, 515, 517, 518, 519, 520, 521, 529, 530, 532]
+)  # fmt: skip
 """What decoding depends on. Resolution, comments, EXIF, further pages and the like are left out."""
 _ORIENTATION, _SAMPLES_PER_PIXEL, _TILE_WIDTH, _TILE_LENGTH = 274, 277, 322, 323
 
@@ -240,10 +218,12 @@ def _prepare_tiff(data: bytes, limit: int) -> bytes:
     sizes = [entry.num_values * _KIND_BYTES.get(entry.kind, len(data) + 1) for entry in kept]
     for entry, size in zip(kept, sizes, strict=True):
         outside = size > 4 and struct.unpack(order + "L", entry.value)[0] + size > len(data)
-        if outside or (TiffTags.lookup(entry.tag).length == 1 and entry.num_values != 1):
+        surplus = TiffTags.lookup(entry.tag).length == 1 and entry.num_values != 1
+        if outside or (surplus and entry.kind not in _STRINGS):
             raise ImageError("", f"damaged TIFF: impossible value of tag {entry.tag}")
-    if start < 8 or sum(sizes) > len(data):
-        raise ImageError("", "damaged TIFF: parts of it overlap")
+    is_repeated = len({entry.tag for entry in kept}) < len(kept)
+    if start < 8 or sum(sizes) > len(data) or is_repeated:
+        raise ImageError("", "damaged TIFF: its directory overlaps or repeats itself")
     numbers = {entry.tag: _integer(order, entry) for entry in kept if entry.kind in _INTEGERS}
     if numbers.get(_SAMPLES_PER_PIXEL, 1) > 6:
         raise ImageError("", f"unsupported TIFF: {numbers[_SAMPLES_PER_PIXEL]} channels")

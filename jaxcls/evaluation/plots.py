@@ -1,13 +1,14 @@
 """Plots of evaluations and training runs.
 
 Each takes a Matplotlib `ax` and returns it. Without one it draws on a new figure of its own, outside pyplot's
-global state and needing no display: `plot_confusion_matrix(evaluation).figure.savefig("confusion.png")`.
+global state and needing no display: `save(plot_confusion_matrix(evaluation), "confusion.png")`.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -90,6 +91,11 @@ def plot_training(history: Sequence[Mapping[str, Any]], ax: Axes | None = None) 
     return ax
 
 
+def save(ax: Axes, path: str | Path) -> None:
+    """Write the figure that holds `ax`; the suffix decides the format."""
+    ax.figure.get_figure(root=True).savefig(path)
+
+
 def _new_axes(size_inches: tuple[float, float]) -> Axes:
     from matplotlib.figure import Figure
 
@@ -117,7 +123,7 @@ def _name_ticks(ax: Axes, classes: Sequence[str]) -> None:
     cell_points = side_points / len(classes)
     fontsize = 9 if cell_points > 12 else 7
     max_width = max(8, min(24, int(0.4 * side_points / (DIGIT_WIDTH * fontsize))))
-    ticks = range(0, len(classes), 1)
+    ticks = range(0, len(classes), math.ceil(1.3 * fontsize / cell_points))
     names = [shorten(classes[i], max_width) for i in ticks]
     upright = max(map(len, names)) * DIGIT_WIDTH * fontsize > cell_points
     # parse_math=False: a class name may hold a dollar sign.

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import ml_dtypes
+import jax.numpy as jnp
 import numpy as np
 import safetensors
 from flax.traverse_util import flatten_dict, unflatten_dict
@@ -159,7 +159,7 @@ def read_state_dict(path: str | Path) -> dict[str, np.ndarray]:
     return readers[path.suffix](path)
 
 
-_SAFETENSORS_FLOATS = {"F16": np.float16, "BF16": ml_dtypes.bfloat16, "F32": np.float32, "F64": np.float64}
+_SAFETENSORS_FLOATS = {"F16": np.float16, "BF16": jnp.bfloat16, "F32": np.float32, "F64": np.float64}
 
 
 def _read_safetensors(path: Path) -> dict[str, np.ndarray]:

@@ -224,17 +224,17 @@ def _load_from_hub(name: str, entry: CatalogueEntry) -> tuple[Ported, dict[str, 
 
 def _fetch(name: str, entry: CatalogueEntry) -> Path:
     """The file in the hub's cache, fetched where it is not there yet."""
-    import huggingface_hub
+    from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
 
-    cached = huggingface_hub.try_to_load_from_cache(entry.repository, HUB_FILE, revision=entry.revision)
+    cached = try_to_load_from_cache(entry.repository, HUB_FILE, revision=entry.revision)
     if isinstance(cached, str):
         return Path(cached)
     try:
-        return Path(huggingface_hub.hf_hub_download(entry.repository, HUB_FILE, revision=entry.revision))
+        return Path(hf_hub_download(entry.repository, HUB_FILE, revision=entry.revision))
     except Exception as error:  # besides its own, the client lets through its HTTP library's errors
         reason = " ".join(str(error.__cause__ or error).split())
         raise WeightsError(
-            f"the weights of {name} could not be fetched from {huggingface_hub.constants.ENDPOINT}/"
+            f"the weights of {name} could not be fetched from {constants.ENDPOINT}/"
             f"{entry.repository} ({reason}); check the connection, or give a file with weights=PATH"
         ) from error
 

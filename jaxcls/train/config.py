@@ -1,13 +1,16 @@
 """`FinetuneConfig`: how to fine-tune, as plain values. No JAX, so that `--help` is quick."""
 
+import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from jaxcls.augment.host import Augmentation
 from jaxcls.errors import UsageError
 from jaxcls.models.precision import Precision
 
 NUM_STAGES = 4
+Schedule = Literal["per_epoch", "cosine"]
+BatchNorm = Literal["train", "frozen"]
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,9 @@ class FinetuneConfig:
             rates can diverge.
         class_weight: None, "balanced" (N / (K n_k)), or a weight by class name.
         label_smoothing: in [0, 1).
-        flip, min_crop_area, colour_jitter: random views, see `Augmentation`.
+        flip: mirror left and right at random.
+        min_crop_area: below 1, crop a random box of at least this share of the photo.
+        colour_jitter: in [0, 1): scale brightness, contrast and saturation by up to 1 plus or minus this.
         precision: of the convolutions: "float32", "bfloat16", or "auto" (bfloat16 on accelerators).
         ema_decay: average the parameters with this decay, and evaluate and keep the average.
         seed: of the head, the order, the views and dropout.
@@ -42,14 +47,14 @@ class FinetuneConfig:
 
     num_epochs: int = 15
     learning_rates: tuple[float, ...] = (0.05,) * 7 + (0.005,) * 7 + (0.0005,)
-    schedule: Literal["per_epoch", "cosine"] = "per_epoch"
+    schedule: Schedule = "per_epoch"
     warmup_epochs: float = 0.0
     momentum: float = 0.9
     batch_size: int = 32
     dropout: float = 0.5
     l2: float = 0.0005
     freeze: Literal["none", "backbone"] | int = "none"
-    batch_norm: Literal["train", "frozen"] = "train"
+    batch_norm: BatchNorm = "train"
     class_weight: Literal["balanced"] | dict[str, float] | None = None
     label_smoothing: float = 0.0
     flip: bool = True
@@ -66,17 +71,33 @@ class FinetuneConfig:
         rules = (
             (self.num_epochs >= 1, "num_epochs must be at least 1"),
             (len(self.learning_rates) >= 1, "learning_rates needs at least one value"),
+            (
+                all(0 <= rate < math.inf for rate in self.learning_rates),
+                "learning_rates must be finite and not below 0",
+            ),
+            (self.schedule in get_args(Schedule), f"schedule must be one of {get_args(Schedule)}"),
+            (0 <= self.warmup_epochs < self.num_epochs, "warmup_epochs must lie in [0, num_epochs)"),
+            (0 <= self.momentum < 1, "momentum must lie in [0, 1)"),
             (self.batch_size >= 1, "batch_size must be at least 1"),
             (0 <= self.dropout < 1, "dropout must lie in [0, 1)"),
-            (self.l2 >= 0, "l2 must not be below 0"),
+            (0 <= self.l2 < math.inf, "l2 must be finite and not below 0"),
+            (
+                self.freeze in ("none", "backbone", *range(NUM_STAGES + 1)),
+                f'freeze must be "none", "backbone" or a number of stages up to {NUM_STAGES}',
+            ),
+            (self.batch_norm in get_args(BatchNorm), f"batch_norm must be one of {get_args(BatchNorm)}"),
             (0 <= self.label_smoothing < 1, "label_smoothing must lie in [0, 1)"),
+            (self.precision in get_args(Precision), f"precision must be one of {get_args(Precision)}"),
             (self.ema_decay is None or 0 <= self.ema_decay < 1, "ema_decay must lie in [0, 1)"),
+            (0 <= self.seed < 2**32, "seed must lie in [0, 2**32)"),
+            (self.num_workers >= 0, "num_workers must not be below 0"),
+            (0 <= self.max_bad_fraction <= 1, "max_bad_fraction must lie in [0, 1]"),
             (self.log_every >= 1, "log_every must be at least 1"),
-            (0 <= self.num_frozen_stages <= NUM_STAGES, f"freeze must be at most {NUM_STAGES} stages"),
         )
         for holds, message in rules:
             if not holds:
                 raise UsageError(message)
+        _ = self.augmentation  # its own rules
 
     @property
     def num_frozen_stages(self) -> int:

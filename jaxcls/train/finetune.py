@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +22,7 @@ from jaxcls.models.resnet import make_apply
 from jaxcls.parallel import batch_sharding, make_mesh, replicated
 from jaxcls.pipeline import Batch, evaluation_batches, on_devices, steps_per_epoch, training_batches
 from jaxcls.train.config import FinetuneConfig
-from jaxcls.train.optimizer import (
-    class_weights,
-    cosine_schedule,
-    decayed_mask,
-    per_epoch_schedule,
-    trainable_mask,
-    unit_gain_sgd,
-)
+from jaxcls.train.optimizer import class_weights, make_optimizer, make_schedule
 from jaxcls.train.reporters import (
     ConsoleReporter,
     MetricsReporter,
@@ -101,15 +95,15 @@ class _Run:
         run_dir: Path | None,
     ) -> None:
         self.config, self.backbone, self.run_dir = config, backbone, run_dir
-        self.dataset = _usable(dataset, config)
+        self.dataset = scan(dataset, max_bad_fraction=config.max_bad_fraction)
+        self.dataset.require_every_class()
         self.eval_dataset = None
         if eval_dataset is not None:
-            self.eval_dataset = scan(eval_dataset, max_bad_fraction=config.max_bad_fraction).with_classes(
-                dataset.classes
-            )
+            matched = eval_dataset.with_classes(dataset.classes)
+            self.eval_dataset = scan(matched, max_bad_fraction=config.max_bad_fraction)
         self.steps_per_epoch = steps_per_epoch(len(self.dataset), config.batch_size)
         self.mesh = make_mesh(config.batch_size)
-        self.schedule = _schedule(config, self.steps_per_epoch)
+        self.schedule = make_schedule(config, self.steps_per_epoch)
         self.state, self.train_step, self.eval_step = self._programs(self.mesh)
         self.history: list[dict[str, Any]] = []
         self.kept: tuple[Any, Any] | None = None
@@ -133,25 +127,10 @@ class _Run:
 
     def _programs(self, mesh: Mesh) -> tuple[TrainState, TrainStep, EvalStep]:
         config = self.config
-        frozen_norm = config.batch_norm == "frozen"
-        shapes = {
-            "backbone": self.backbone.variables["params"],
-            "head": {"kernel": np.empty((0, 0)), "bias": np.empty(0)},
-        }
-        optimizer = unit_gain_sgd(
-            self.schedule,
-            momentum=config.momentum,
-            l2=config.l2,
-            trainable=trainable_mask(
-                shapes, num_frozen_stages=config.num_frozen_stages, freeze_norm=frozen_norm
-            ),
-            decayed=decayed_mask(shapes),
-            clip_norm=1.0 if frozen_norm else None,
-        )
-        state = init_state(
+        state, optimizer = init_state(
             self.backbone,
             len(self.dataset.classes),
-            optimizer,
+            partial(make_optimizer, config, self.schedule),
             seed=config.seed,
             use_ema=config.ema_decay is not None,
         )
@@ -174,7 +153,7 @@ class _Run:
         )
         return jax.device_put(state, replicated(mesh)), train_step, make_eval_step(apply, preprocess, mesh)
 
-    def _stream(self) -> Iterator[tuple[Batch, Batch]]:
+    def _stream(self) -> Iterator[Batch]:
         batches = training_batches(
             self.dataset,
             self.backbone.preprocess,
@@ -185,17 +164,18 @@ class _Run:
         )
         return on_devices(batches, batch_sharding(self.mesh))
 
-    def _train_epoch(self, epoch: int, stream: Iterator[tuple[Batch, Batch]], reporter: Reporter) -> None:
+    def _train_epoch(self, epoch: int, stream: Iterator[Batch], reporter: Reporter) -> None:
         started = time.perf_counter()
-        rate = float(self.schedule((epoch - 1) * self.steps_per_epoch))
+        # Through str: the shortest decimal that is this float32, 0.05 and not 0.05000000074505806.
+        rate = float(str(np.float32(self.schedule(epoch * self.steps_per_epoch - 1))))
         total = _Totals()
-        pending: list[tuple[Batch, Sums]] = []
+        pending: list[tuple[np.ndarray, Sums]] = []
         for step in range(1, self.steps_per_epoch + 1):
-            batch, on_device = next(stream)
+            batch = next(stream)
             if message := next(filter(None, batch.errors), None):
                 raise DatasetError(f"a photo became unreadable during training: {message}")
-            self.state, sums = self.train_step(self.state, on_device.images, on_device.labels)
-            pending.append((batch._replace(images=np.empty(0)), sums))
+            self.state, sums = self.train_step(self.state, batch.images, batch.labels)
+            pending.append((batch.indices, sums))
             if len(pending) == self.config.log_every or step == self.steps_per_epoch:
                 recent = self._fetch(pending, (epoch - 1) * self.steps_per_epoch + step)
                 total += recent
@@ -217,15 +197,16 @@ class _Run:
         self.kept = jax.device_get((self.state.best_params, self.state.batch_stats))
         reporter.epoch(row)
 
-    def _fetch(self, pending: list[tuple[Batch, Sums]], last_step: int) -> "_Totals":
+    def _fetch(self, pending: list[tuple[np.ndarray, Sums]], last_step: int) -> "_Totals":
         """The sums of some steps, from the device; the first loss that is not finite ends the run."""
         fetched = jax.device_get([sums for _, sums in pending])
-        for number, ((batch, _), sums) in enumerate(zip(pending, fetched, strict=True)):
+        for number, ((indices, _), sums) in enumerate(zip(pending, fetched, strict=True)):
             if not np.isfinite(sums.loss):
                 step = last_step - len(pending) + number + 1
-                ids = ", ".join(self.dataset.ids[i] for i in batch.indices)
+                ids = ", ".join(self.dataset.ids[i] for i in indices)
                 raise TrainingError(
-                    f"the loss is {sums.loss} at step {step}: lower the learning rates, or look at the batch: {ids}"
+                    f"the loss is {sums.loss} at step {step}: lower the learning rates, "
+                    f"or look at the batch: {ids}"
                 )
         return _Totals(*(sum(values).item() for values in zip(*fetched, strict=True)))
 
@@ -240,7 +221,7 @@ class _Run:
             num_workers=self.config.num_workers,
         )
         with closing(on_devices(batches, batch_sharding(self.mesh))) as stream:  # type: ignore[type-var]
-            for _, batch in stream:
+            for batch in stream:
                 sums = self.eval_step(
                     self.state.best_params, self.state.batch_stats, batch.images, batch.labels, batch.mask
                 )
@@ -297,12 +278,13 @@ class _Run:
         config = self.config
         leaves = jax.tree.leaves(self.state.params)
         device = jax.devices()[0]
+        dtype = np.dtype(compute_dtype(config.precision)).name
+        num_parameters = sum(leaf.size for leaf in leaves)
         lines = [
-            f"Fine-tuning {self.backbone.architecture} on {len(self.dataset)} images of {len(self.dataset.classes)} classes: "
-            f"{sum(leaf.size for leaf in leaves)} parameters in {len(leaves)} tensors",
+            f"Fine-tuning {self.backbone.architecture} on {len(self.dataset)} images of "
+            f"{len(self.dataset.classes)} classes: {num_parameters} parameters in {len(leaves)} tensors",
             f"{config.num_epochs} epochs of {self.steps_per_epoch} steps with {config.batch_size} images of "
-            f"{self.backbone.preprocess.size} px in {np.dtype(compute_dtype(config.precision)).name} "
-            f"on {self.mesh.size} x {device.device_kind}",
+            f"{self.backbone.preprocess.size} px in {dtype} on {self.mesh.size} x {device.device_kind}",
         ]
         if len(self.dataset) < config.batch_size:
             lines.append(
@@ -330,19 +312,6 @@ class _Totals:
     @property
     def accuracy(self) -> float:
         return self.num_correct / self.num_seen
-
-
-def _usable(dataset: Dataset, config: FinetuneConfig) -> Dataset:
-    usable = scan(dataset, max_bad_fraction=config.max_bad_fraction)
-    usable.require_every_class()
-    return usable
-
-
-def _schedule(config: FinetuneConfig, steps: int) -> Any:
-    if config.schedule == "per_epoch":
-        return per_epoch_schedule(config.learning_rates, steps)
-    num_steps = config.num_epochs * steps
-    return cosine_schedule(config.learning_rates[0], num_steps, round(config.warmup_epochs * steps))
 
 
 def _run_reporters(run_dir: Path | None) -> list[Reporter]:

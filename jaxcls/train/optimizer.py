@@ -9,6 +9,30 @@ import optax
 
 from jaxcls.errors import UsageError
 from jaxcls.models.resnet import frozen_param_mask
+from jaxcls.train.config import FinetuneConfig
+
+
+def make_schedule(config: FinetuneConfig, steps_per_epoch: int) -> optax.Schedule:
+    """The schedule that a configuration asks for: step -> rate."""
+    if config.schedule == "per_epoch":
+        return per_epoch_schedule(config.learning_rates, steps_per_epoch)
+    num_warmup_steps = round(config.warmup_epochs * steps_per_epoch)
+    return cosine_schedule(config.learning_rates[0], config.num_epochs * steps_per_epoch, num_warmup_steps)
+
+
+def make_optimizer(
+    config: FinetuneConfig, schedule: optax.Schedule, params: Mapping[str, Any]
+) -> optax.GradientTransformation:
+    """The optimizer that a configuration asks for, for params `{"backbone", "head"}`."""
+    freeze_norm = config.batch_norm == "frozen"
+    return unit_gain_sgd(
+        schedule,
+        momentum=config.momentum,
+        l2=config.l2,
+        trainable=trainable_mask(params, num_frozen_stages=config.num_frozen_stages, freeze_norm=freeze_norm),
+        decayed=decayed_mask(params),
+        clip_norm=1.0 if freeze_norm else None,
+    )
 
 
 def per_epoch_schedule(rates: Sequence[float], steps_per_epoch: int) -> optax.Schedule:

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from tensorboardX import SummaryWriter
 
-from jaxcls.evaluation.plots import plot_training
+from jaxcls.evaluation import plots
 
 Row = Mapping[str, Any]
 
@@ -141,7 +141,7 @@ class PlotReporter(Reporter):
 
     def close(self) -> None:
         if self._history:
-            plot_training(self._history).figure.savefig(self._path)
+            plots.save(plots.plot_training(self._history), self._path)
 
 
 def epoch_line(row: Row, num_epochs: int) -> str:

@@ -1,5 +1,6 @@
 """`TrainState`: everything that training changes. Data only."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,21 +40,38 @@ class TrainState:
 
 
 def init_state(
-    backbone: Backbone, num_classes: int, optimizer: optax.GradientTransformation, *, seed: int, use_ema: bool
-) -> TrainState:
-    """A backbone's weights under a new random head, before the first step."""
+    backbone: Backbone,
+    num_classes: int,
+    make_optimizer: Callable[[Any], optax.GradientTransformation],
+    *,
+    seed: int,
+    use_ema: bool,
+) -> tuple[TrainState, optax.GradientTransformation]:
+    """A backbone's weights under a new random head, before the first step, and the optimizer of its params.
+
+    Args:
+        backbone: copied; steps donate the state, and the backbone must outlive them.
+        num_classes: K.
+        make_optimizer: called with the params, whose tree decides what moves.
+        seed: of the head and of the run's key.
+        use_ema: keep averaged parameters.
+    """
     head_key, run_key = jax.random.split(jax.random.key(seed))
-    # A copy: steps donate the state, and the backbone may hold device arrays that it still needs.
-    variables = jax.tree.map(lambda value: jnp.array(value, copy=True), dict(backbone.variables))
     params = {
-        "backbone": variables["params"],
+        "backbone": _copy(backbone.variables["params"]),
         "head": init_head(head_key, backbone.num_features, num_classes),
     }
-    return TrainState(
+    optimizer = make_optimizer(params)
+    state = TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
-        batch_stats=variables["batch_stats"],
+        batch_stats=_copy(backbone.variables["batch_stats"]),
         opt_state=optimizer.init(params),
-        ema_params=jax.tree.map(jnp.copy, params) if use_ema else None,
+        ema_params=_copy(params) if use_ema else None,
         key=run_key,
     )
+    return state, optimizer
+
+
+def _copy(tree: Any) -> Any:
+    return jax.tree.map(lambda value: jnp.array(value, copy=True), tree)

@@ -82,6 +82,8 @@ class Classifier:
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if len(set(self.classes)) < len(self.classes):
+            raise UsageError(f"the class names must all be different: {', '.join(map(str, self.classes))}")
         expected = (self.backbone.num_features, len(self.classes))
         if self.head.kernel.shape != expected:
             raise UsageError(
@@ -125,8 +127,8 @@ class Classifier:
                 if path.exists():
                     path.rename(old)
                 new.rename(path)
-        except OSError as error:
-            raise ClassifierError(f"cannot save to {path}: {error.strerror or error}") from error
+        except (OSError, SafetensorError) as error:
+            raise ClassifierError(f"cannot save to {path}: {error}") from error
         return path
 
     def _write(self, folder: Path) -> None:

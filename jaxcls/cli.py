@@ -267,21 +267,17 @@ def _report(classifier: jaxcls.Classifier, dataset: jaxcls.Dataset, out: Path | 
 
 
 def _print_table(predictions: jaxcls.Predictions) -> None:
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
-
-    score = "margin" if predictions.kind == "margin" else "probability"
-    values = predictions.scores if predictions.kind == "margin" else predictions.probabilities()
-    table = Table("image", "class", score, box=None)
-    for row, best, label in zip(predictions.rows(), values, predictions.predicted, strict=True):
+    is_margin = predictions.kind == "margin"
+    values = predictions.scores if is_margin else predictions.probabilities()
+    rows = [("image", "class", "margin" if is_margin else "probability")]
+    for row, score, label in zip(predictions.rows(), values.max(axis=1), predictions.predicted, strict=True):
         if row["error"] is not None:
-            table.add_row(escape(row["id"]), "[red]error[/red]", escape(row["error"]))
-        elif row["abstained"]:
-            table.add_row(escape(row["id"]), "(abstained)", "")
+            rows.append((row["id"], "(error)", row["error"]))
         else:
-            table.add_row(escape(row["id"]), escape(row["predicted"]), f"{best[label]:.4f}")
-    Console(soft_wrap=True).print(table)
+            rows.append((row["id"], row["predicted"] or "(abstained)", f"{score:.4f}" if label >= 0 else ""))
+    widths = [max(len(row[column]) for row in rows) for column in range(2)]
+    for image, name, score in rows:
+        print(f"{image:{widths[0]}}  {name:{widths[1]}}  {score}")
 
 
 def _describe_installation() -> str:

@@ -179,8 +179,8 @@ def extract_features(
         num_workers=num_workers,
         progress="features" if progress else None,
     )
-    for index, message in errors.items():
-        raise ImageError("", message or dataset.ids[index])
+    if errors:
+        raise ImageError("", next(iter(errors.values())))
     return values, dataset.labels, dataset.ids
 
 

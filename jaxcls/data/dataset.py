@@ -294,8 +294,8 @@ class Dataset:
         Raises:
             DatasetError: a stratified class with one photo or group, or a side without any.
         """
-        target = math.floor(train_size * len(self) + 1e-9) if isinstance(train_size, float) else train_size
-        if not 0 < target < len(self):
+        target = math.floor(train_size * len(self) + 1e-9) if 0 < train_size < 1 else train_size
+        if not (isinstance(target, int | np.integer) and 0 < target < len(self)):
             raise DatasetError(
                 f"train_size {train_size} of {len(self)} images leaves one side empty: "
                 "give a fraction between 0 and 1, or a number of images"

@@ -1,5 +1,6 @@
 """`fit_svm`: a frozen backbone's features and a linear SVM become a classifier."""
 
+import math
 import warnings
 
 import numpy as np
@@ -13,6 +14,7 @@ from jaxcls.errors import UsageError
 from jaxcls.models.precision import Precision
 from jaxcls.models.pretrained import Backbone
 from jaxcls.scoring import extract_features
+from jaxcls.train.optimizer import class_weights
 
 
 def fit_svm(
@@ -46,8 +48,8 @@ def fit_svm(
         DatasetError: undecodable photos, a class without photos, or unlabelled photos.
         UsageError: C is not above 0, or a weight for an unknown class.
     """
-    if not C > 0:
-        raise UsageError(f"C {C}: must be above 0")
+    if not 0 < C < math.inf:
+        raise UsageError(f"C {C}: must be above 0 and finite")
     dataset = scan(dataset, max_bad_fraction=max_bad_fraction)
     dataset.require_every_class()
     if isinstance(backbone, Classifier):
@@ -55,7 +57,9 @@ def fit_svm(
     values, labels, _ = extract_features(backbone, dataset, precision=precision, progress=progress)
     if normalize_features:
         values = normalize(values)
-    machine = LinearSVC(C=C, class_weight=_by_label(class_weight, dataset.classes), random_state=0)
+    weights = class_weights(class_weight, dataset.classes, dataset.class_counts())
+    by_label = None if weights is None else dict(enumerate(weights.tolist()))
+    machine = LinearSVC(C=C, class_weight=by_label, random_state=0)
     with warnings.catch_warnings():
         warnings.simplefilter("always", ConvergenceWarning)
         machine.fit(values, labels)
@@ -75,13 +79,3 @@ def _head(machine: LinearSVC, normalize_features: bool) -> Head:
     if kernel.shape[1] == 1:
         kernel, bias = np.hstack([-kernel, kernel]), np.hstack([-bias, bias])
     return Head(np.ascontiguousarray(kernel), bias, kind="margin", normalize=normalize_features)
-
-
-def _by_label(
-    class_weight: str | dict[str, float] | None, classes: tuple[str, ...]
-) -> str | dict[int, float] | None:
-    if not isinstance(class_weight, dict):
-        return class_weight
-    if unknown := sorted(set(class_weight) - set(classes)):
-        raise UsageError(f"class_weight names unknown classes: {', '.join(unknown)}")
-    return {classes.index(name): weight for name, weight in class_weight.items()}

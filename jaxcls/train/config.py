@@ -70,10 +70,9 @@ class FinetuneConfig:
     def __post_init__(self) -> None:
         rules = (
             (self.num_epochs >= 1, "num_epochs must be at least 1"),
-            (len(self.learning_rates) >= 1, "learning_rates needs at least one value"),
             (
-                all(0 <= rate < math.inf for rate in self.learning_rates),
-                "learning_rates must be finite and not below 0",
+                self.learning_rates and all(0 <= rate < math.inf for rate in self.learning_rates),
+                "learning_rates needs at least one value, each finite and not below 0",
             ),
             (self.schedule in get_args(Schedule), f"schedule must be one of {get_args(Schedule)}"),
             (0 <= self.warmup_epochs < self.num_epochs, "warmup_epochs must lie in [0, num_epochs)"),
@@ -97,7 +96,7 @@ class FinetuneConfig:
         for holds, message in rules:
             if not holds:
                 raise UsageError(message)
-        _ = self.augmentation  # its own rules
+        _ = self.augmentation  # checks its own fields
 
     @property
     def num_frozen_stages(self) -> int:

@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxcls.classifier import Classifier, Head
-from jaxcls.data.dataset import Dataset, scan
+from jaxcls.data.dataset import UNLABELLED, Dataset, scan
 from jaxcls.errors import DatasetError, TrainingError, UsageError
 from jaxcls.models.precision import compute_dtype
 from jaxcls.models.pretrained import Backbone
@@ -101,6 +101,10 @@ class _Run:
         if eval_dataset is not None:
             matched = eval_dataset.with_classes(dataset.classes)
             self.eval_dataset = scan(matched, max_bad_fraction=config.max_bad_fraction)
+            if not len(self.eval_dataset) or (self.eval_dataset.labels == UNLABELLED).any():
+                raise DatasetError(
+                    f"evaluation dataset {eval_dataset.name} needs images, all of them labelled"
+                )
         self.steps_per_epoch = steps_per_epoch(len(self.dataset), config.batch_size)
         self.mesh = make_mesh(config.batch_size)
         self.schedule = make_schedule(config, self.steps_per_epoch)
@@ -114,7 +118,7 @@ class _Run:
                 ConsoleReporter(self.config.num_epochs, self.steps_per_epoch, self.config.batch_size)
             ]
         with ExitStack() as stack:
-            reporter = Reporters([*reporters, *_run_reporters(self.run_dir)])
+            reporter = Reporters([*_run_reporters(self.run_dir), *reporters])
             stack.callback(reporter.close)
             # Also on Ctrl-C and on errors: what the last whole epoch made is kept.
             stack.callback(self._save)
@@ -172,8 +176,7 @@ class _Run:
         pending: list[tuple[np.ndarray, Sums]] = []
         for step in range(1, self.steps_per_epoch + 1):
             batch = next(stream)
-            if message := next(filter(None, batch.errors), None):
-                raise DatasetError(f"a photo became unreadable during training: {message}")
+            _require_readable(batch)
             self.state, sums = self.train_step(self.state, batch.images, batch.labels)
             pending.append((batch.indices, sums))
             if len(pending) == self.config.log_every or step == self.steps_per_epoch:
@@ -222,10 +225,15 @@ class _Run:
         )
         with closing(on_devices(batches, batch_sharding(self.mesh))) as stream:  # type: ignore[type-var]
             for batch in stream:
+                _require_readable(batch)
                 sums = self.eval_step(
                     self.state.best_params, self.state.batch_stats, batch.images, batch.labels, batch.mask
                 )
                 total += _Totals(*(value.item() for value in sums))
+        if not np.isfinite(total.loss):
+            raise TrainingError(
+                f"the evaluation loss is {total.loss} after step {int(self.state.step)}: lower the learning rates"
+            )
         return {
             "eval_loss": total.mean_loss,
             "eval_accuracy": total.accuracy,
@@ -286,6 +294,9 @@ class _Run:
             f"{config.num_epochs} epochs of {self.steps_per_epoch} steps with {config.batch_size} images of "
             f"{self.backbone.preprocess.size} px in {dtype} on {self.mesh.size} x {device.device_kind}",
         ]
+        if self.backbone.pretrained_head is not None:
+            num_classes = len(self.backbone.pretrained_head[1])
+            lines.append(f"The pretrained head of {num_classes} classes is replaced by a new one")
         if len(self.dataset) < config.batch_size:
             lines.append(
                 f"The training set is smaller than a batch of {config.batch_size}: images repeat within it"
@@ -312,6 +323,11 @@ class _Totals:
     @property
     def accuracy(self) -> float:
         return self.num_correct / self.num_seen
+
+
+def _require_readable(batch: Batch) -> None:
+    if message := next(filter(None, batch.errors), None):
+        raise DatasetError(f"a photo became unreadable during training: {message}")
 
 
 def _run_reporters(run_dir: Path | None) -> list[Reporter]:

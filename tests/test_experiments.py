@@ -1,0 +1,90 @@
+"""The experiments run: scripts as processes, the notebook in a kernel."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+from conftest import write_photos
+from nbclient import NotebookClient
+from safetensors.numpy import save_file
+
+from jaxcls.classifier import create_model
+from jaxcls.models.port import from_variables
+from jaxcls.quickstart import write_digits
+
+EXPERIMENTS = Path(__file__).resolve().parents[1] / "experiments"
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """A folder with random ResNet-18 weights."""
+    model = create_model("resnet18", 1000, image_size=32)
+    folder = tmp_path_factory.mktemp("weights")
+    head = (model.head.kernel, model.head.bias)
+    save_file(from_variables("resnet18", model.backbone.variables, head), folder / "resnet18.safetensors")
+    return folder
+
+
+def run(script: str, *arguments: object) -> str:
+    command = [sys.executable, EXPERIMENTS / script, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_notebook_on_the_digits(tmp_path, weights):
+    write_digits(tmp_path / "all")
+    for photo in (tmp_path / "all").rglob("*.png"):
+        if int(photo.stem) < 300:
+            target = tmp_path / "digits" / photo.relative_to(tmp_path / "all")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            photo.rename(target)
+    notebook = nbformat.read(EXPERIMENTS / "tableware.ipynb", as_version=4)
+    parameters = next(cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", ()))
+    parameters.source = (
+        "from pathlib import Path\n"
+        f"DATA = Path({str(tmp_path / 'digits')!r})\n"
+        f"WEIGHTS = Path({str(weights / 'resnet18.safetensors')!r})\n"
+        "IMAGE_SIZE = 32\n"
+        f"OUT = Path({str(tmp_path / 'out')!r})\n"
+    )
+    NotebookClient(notebook, timeout=900).execute()
+    assert (tmp_path / "out" / "photos.jaxcls" / "weights.safetensors").is_file()
+    history = (tmp_path / "out" / "run" / "metrics.jsonl").read_text().splitlines()
+    # From random weights, on 198 digits: better than the 10 % of guessing is what there is to learn.
+    assert json.loads(history[-1])["eval_accuracy"] > 0.5
+
+
+@pytest.mark.slow
+def test_walk_through(tmp_path, weights):
+    photos = write_photos(tmp_path / "photos", {"blue": 6, "red": 6})
+    out = run(
+        "tableware.py", photos, "--weights", weights / "resnet18.safetensors", "--image-size", 32,
+        "--num-epochs", 1, "--out", tmp_path / "out",
+    )  # fmt: skip
+    assert "7 training images, 5 test images" in out
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {
+        "run", "confusion.png", "svm.jaxcls", "tableware.jaxcls"
+    }  # fmt: skip
+
+
+@pytest.mark.slow
+def test_recipes_and_accuracy_over_seeds(tmp_path, weights):
+    photos = write_photos(tmp_path / "photos", {"blue": 6, "red": 6})
+    out = run(
+        "improve_accuracy.py", photos, "--weights-folder", weights, "--recipes", 0, "--num-epochs", 1,
+        "--out", tmp_path / "recipes.json",
+    )  # fmt: skip
+    assert "224 px  resnet18" in out
+    assert json.loads((tmp_path / "recipes.json").read_text())["rows"][0]["num_test"] == 5
+    run(
+        "accuracy.py", "svm", photos, "--weights", weights / "resnet18.safetensors", "--num-seeds", 2,
+        "--out", tmp_path / "svm.json",
+    )  # fmt: skip
+    result = json.loads((tmp_path / "svm.json").read_text())
+    assert result["accuracy"]["micro"]["n"] == 2
+    assert {"command", "device", "versions"} <= set(result["conditions"])

@@ -130,7 +130,7 @@ def training_batches(
     """
     order = grain.MapDataset.range(len(dataset)).shuffle(seed=seed).repeat()
     examples = order.map_with_index(_Load(dataset, preprocess, augmentation, seed))
-    batches = examples.batch(batch_size, batch_fn=_Stack(batch_size))[first_step:]
+    batches = examples.batch(batch_size, drop_remainder=True, batch_fn=_Stack(batch_size))[first_step:]
     return _iterate(batches, num_workers)
 
 

@@ -5,7 +5,6 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -131,10 +130,11 @@ class _Run:
 
     def _programs(self, mesh: Mesh) -> tuple[TrainState, TrainStep, EvalStep]:
         config = self.config
-        state, optimizer = init_state(
+        optimizer = make_optimizer(config, self.schedule)
+        state = init_state(
             self.backbone,
             len(self.dataset.classes),
-            partial(make_optimizer, config, self.schedule),
+            optimizer,
             seed=config.seed,
             use_ema=config.ema_decay is not None,
         )
@@ -232,7 +232,8 @@ class _Run:
                 total += _Totals(*(value.item() for value in sums))
         if not np.isfinite(total.loss):
             raise TrainingError(
-                f"the evaluation loss is {total.loss} after step {int(self.state.step)}: lower the learning rates"
+                f"the evaluation loss is {total.loss} after step {int(self.state.step)}: "
+                "lower the learning rates"
             )
         return {
             "eval_loss": total.mean_loss,

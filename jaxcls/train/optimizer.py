@@ -1,6 +1,7 @@
 """The optimizer: SGD with unit-gain momentum, rates by epoch, and which parameters move."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -20,17 +21,16 @@ def make_schedule(config: FinetuneConfig, steps_per_epoch: int) -> optax.Schedul
     return cosine_schedule(config.learning_rates[0], config.num_epochs * steps_per_epoch, num_warmup_steps)
 
 
-def make_optimizer(
-    config: FinetuneConfig, schedule: optax.Schedule, params: Mapping[str, Any]
-) -> optax.GradientTransformation:
+def make_optimizer(config: FinetuneConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
     """The optimizer that a configuration asks for, for params `{"backbone", "head"}`."""
     freeze_norm = config.batch_norm == "frozen"
     return unit_gain_sgd(
         schedule,
         momentum=config.momentum,
         l2=config.l2,
-        trainable=trainable_mask(params, num_frozen_stages=config.num_frozen_stages, freeze_norm=freeze_norm),
-        decayed=decayed_mask(params),
+        trainable=partial(
+            trainable_mask, num_frozen_stages=config.num_frozen_stages, freeze_norm=freeze_norm
+        ),
         clip_norm=1.0 if freeze_norm else None,
     )
 
@@ -57,8 +57,7 @@ def unit_gain_sgd(
     *,
     momentum: float,
     l2: float,
-    trainable: Any,
-    decayed: Any,
+    trainable: Callable[[Any], Any],
     clip_norm: float | None = None,
 ) -> optax.GradientTransformation:
     """SGD whose momentum averages: v = m v + (1 - m) (g + l2 w); w -= rate v.
@@ -69,20 +68,23 @@ def unit_gain_sgd(
     Args:
         schedule: step -> rate.
         momentum: m, in [0, 1).
-        l2: added to the gradient, times the parameter, where `decayed`.
-        trainable, decayed: trees of bools like the parameters.
+        l2: added to the gradient, times the parameter, where `decayed_mask` is true.
+        trainable: params -> a tree of bools; the others stay, and hold no state.
         clip_norm: the largest norm of the whole gradient, before `l2`; None: unlimited.
     """
     if not 0 <= momentum < 1:
         raise UsageError(f"momentum {momentum}: must lie in [0, 1)")
     moving = optax.chain(
         optax.identity() if clip_norm is None else optax.clip_by_global_norm(clip_norm),
-        optax.masked(optax.add_decayed_weights(l2), lambda params: _like(decayed, params)),
+        optax.add_decayed_weights(l2, mask=decayed_mask),
         optax.ema(momentum, debias=False),
         optax.scale_by_learning_rate(schedule),
     )
-    labels = jax.tree.map(lambda moves: "moving" if moves else "fixed", trainable)
-    return optax.partition({"moving": moving, "fixed": optax.set_to_zero()}, labels)
+
+    def label(params: Any) -> Any:
+        return jax.tree.map(lambda moves: "moving" if moves else "fixed", trainable(params))
+
+    return optax.partition({"moving": moving, "fixed": optax.set_to_zero()}, label)
 
 
 def trainable_mask(params: Mapping[str, Any], *, num_frozen_stages: int, freeze_norm: bool) -> Any:
@@ -126,13 +128,3 @@ def class_weights(
     if min(rule.values(), default=0.0) < 0:
         raise UsageError("class_weight: no weight may be below 0")
     return np.asarray([rule.get(name, 1.0) for name in classes], np.float32)
-
-
-def _like(mask: Any, params: Any) -> Any:
-    """`mask` where `optax.partition` has left parameters, its placeholders elsewhere."""
-    return jax.tree.map(
-        lambda value, keep: value if isinstance(value, optax.MaskedNode) else keep,
-        params,
-        mask,
-        is_leaf=lambda value: isinstance(value, optax.MaskedNode),
-    )

@@ -1,6 +1,5 @@
 """`TrainState`: everything that training changes. Data only."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,17 +41,17 @@ class TrainState:
 def init_state(
     backbone: Backbone,
     num_classes: int,
-    make_optimizer: Callable[[Any], optax.GradientTransformation],
+    optimizer: optax.GradientTransformation,
     *,
     seed: int,
     use_ema: bool,
-) -> tuple[TrainState, optax.GradientTransformation]:
-    """A backbone's weights under a new random head, before the first step, and the optimizer of its params.
+) -> TrainState:
+    """A backbone's weights under a new random head, before the first step.
 
     Args:
         backbone: copied; steps donate the state, and the backbone must outlive them.
         num_classes: K.
-        make_optimizer: called with the params, whose tree decides what moves.
+        optimizer: of the params.
         seed: of the head and of the run's key.
         use_ema: keep averaged parameters.
     """
@@ -61,8 +60,7 @@ def init_state(
         "backbone": _copy(backbone.variables["params"]),
         "head": init_head(head_key, backbone.num_features, num_classes),
     }
-    optimizer = make_optimizer(params)
-    state = TrainState(
+    return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
         batch_stats=_copy(backbone.variables["batch_stats"]),
@@ -70,7 +68,6 @@ def init_state(
         ema_params=_copy(params) if use_ema else None,
         key=run_key,
     )
-    return state, optimizer
 
 
 def _copy(tree: Any) -> Any:

@@ -18,6 +18,7 @@ from recording import spread, write_result
 from tyro.conf import OmitArgPrefixes, Positional
 
 import jaxcls
+from jaxcls.parallel import use_compilation_cache
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,7 @@ def measure(
 
 def main(arguments: Arguments) -> None:
     """Measure every seed."""
+    use_compilation_cache(jaxcls.Storage.default().persistent / "compiled")
     photos = jaxcls.read_folder(arguments.data)
     backbone = jaxcls.load_pretrained(arguments.backbone, weights=arguments.weights)
     settings = {"C": arguments.C} if arguments.method == "svm" else {"config": asdict(arguments.config)}

@@ -82,8 +82,9 @@ class Classifier:
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if len(set(self.classes)) < len(self.classes):
-            raise UsageError(f"the class names must all be different: {', '.join(map(str, self.classes))}")
+        are_names = all(isinstance(name, str) for name in self.classes)
+        if not (are_names and len(set(self.classes)) == len(self.classes) > 0):
+            raise UsageError(f"classes must be one or more names, all different, not {self.classes}")
         expected = (self.backbone.num_features, len(self.classes))
         if self.head.kernel.shape != expected:
             raise UsageError(
@@ -166,13 +167,8 @@ def load(path: str | Path) -> Classifier:
     """
     path = Path(path)
     manifest = _read_manifest(path)
-    for name, expected in manifest["sha256"].items():
-        if not (path / name).is_file():
-            raise ClassifierError(f"{path}: {name} is missing: copy the whole folder again")
-        if _sha256(path / name) != expected:
-            raise ClassifierError(
-                f"{path}: {name} is damaged (its sha256 is not the manifest's): copy it again"
-            )
+    for name in (WEIGHTS, PARITY):
+        _check_file(path, name, manifest)
     try:
         weights = unflatten_dict(load_file(path / WEIGHTS), sep="/")
         head = manifest["head"]
@@ -204,8 +200,14 @@ def load(path: str | Path) -> Classifier:
 
 
 def load_parity(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
-    """A saved classifier's parity vectors: images uint8 [n, size, size, 3], scores float32 [n, K]."""
-    with np.load(Path(path) / PARITY, allow_pickle=False) as stored:
+    """A saved classifier's parity vectors: images uint8 [n, size, size, 3], scores float32 [n, K].
+
+    Raises:
+        ClassifierError: they are missing or damaged.
+    """
+    path = Path(path)
+    _check_file(path, PARITY, _read_manifest(path))
+    with np.load(path / PARITY, allow_pickle=False) as stored:
         return stored["images"], stored["scores"]
 
 
@@ -312,7 +314,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
     except OSError as error:
         raise ClassifierError(f"{path} is no saved classifier: it holds no readable {MANIFEST}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ClassifierError(f"{path / MANIFEST} is damaged: {error}") from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise ClassifierError(f"{path / MANIFEST} is not the manifest of a {FORMAT}")
@@ -324,6 +326,13 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     if not isinstance(manifest.get("sha256"), dict) or set(manifest["sha256"]) != {WEIGHTS, PARITY}:
         raise ClassifierError(f"{path / MANIFEST} does not name the checksums of {WEIGHTS} and {PARITY}")
     return manifest
+
+
+def _check_file(path: Path, name: str, manifest: Mapping[str, Any]) -> None:
+    if not (path / name).is_file():
+        raise ClassifierError(f"{path}: {name} is missing: copy the whole folder again")
+    if _sha256(path / name) != manifest["sha256"][name]:
+        raise ClassifierError(f"{path}: {name} is damaged (its sha256 is not the manifest's): copy it again")
 
 
 def _parity_images(size: int) -> np.ndarray:

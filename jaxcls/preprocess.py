@@ -1,8 +1,8 @@
 """From a photo of any size to a network's input: the one description used everywhere.
 
 The host part resizes and crops with Pillow and yields uint8; the device part
-normalises inside the jitted program. No JAX here: data workers are new
-processes, and each would load it.
+normalises inside the jitted program. No JAX here: it would slow the start of the
+command line, and of data workers, which are new processes.
 """
 
 from dataclasses import asdict, dataclass

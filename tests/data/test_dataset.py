@@ -343,6 +343,11 @@ def test_stratified_sizes_follow_the_largest_remainder(counts, train_size):
         assert not up.any() or up.all() or remainders[up].min() >= remainders[~up].max() - 1e-9
 
 
+def test_a_small_class_takes_its_one_photo_from_the_class_with_most_to_spare():
+    """Shares 0.30, 2.13 and 4.57 of 7: one at least, and the others rounded down."""
+    assert sized(2, 14, 30).split(7)[0].class_counts().tolist() == [1, 2, 4]
+
+
 def test_train_size_is_a_fraction_or_a_number():
     dataset = sized(10, 10)
     assert [len(side) for side in dataset.split(7)] == [7, 13]
@@ -434,6 +439,21 @@ def test_stratified_sizes_are_exact_where_single_photos_can_fill_the_gaps(seed):
     assert len(train) == target
     assert whole(groups, train)
     assert np.abs(train.class_counts() - np.asarray([9, 14, 23]) * target / 46).max() < 1.5
+
+
+@pytest.mark.parametrize(
+    ("num_singles", "target", "taken"),
+    [
+        (8, 4, [2, 2]),  # shares 2.67 and 1.33, quotas 3 and 1: a pair is one too many, taken back from c0
+        (8, 5, [3, 2]),  # shares 3.33 and 1.67, quotas 3 and 2
+        (3, 2, [1, 2]),  # quotas 1 and 1: c0 has none to give back
+        (3, 5, [2, 2]),  # quotas 2 and 3: c0 would have to give its last test photo
+    ],
+)
+def test_single_photos_make_up_for_two_pairs(num_singles, target, taken):
+    pairs = [100, 100, 101, 101]
+    dataset = sized(num_singles, 4, groups=[*range(num_singles), *pairs])
+    assert dataset.split(target)[0].class_counts().tolist() == taken
 
 
 def test_a_class_of_two_large_groups_is_still_on_both_sides():

@@ -1,0 +1,54 @@
+"""The README is a promise: its example runs, its commands and files exist."""
+
+import re
+from pathlib import Path
+
+import pytest
+import tyro
+from conftest import write_photos
+
+import jaxcls
+from jaxcls import cli
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text("utf-8")
+
+
+def example() -> str:
+    return re.findall(r"```python\n(.*?)```", README, re.DOTALL)[0]
+
+
+def test_the_example_is_twelve_lines_long():
+    assert len(example().strip().splitlines()) <= 12
+
+
+@pytest.mark.slow
+def test_the_example_runs(tmp_path, monkeypatch, backbone):
+    write_photos(tmp_path / "photos", {"blue": 6, "red": 6})
+    monkeypatch.chdir(tmp_path)
+    # Random weights for 32 pixels stand in for the hub's.
+    monkeypatch.setattr(jaxcls, "load_pretrained", lambda name: backbone)
+    names: dict = {}
+    exec(example(), names)
+    assert names["evaluation"].num_answered == 5
+    assert names["score"](names["train"].image(0)[None, :32, :32].copy()).shape == (1, 2)
+
+
+def test_files_and_commands_exist():
+    for path in re.findall(r"`((?:experiments|tests|\.ci)/[\w./]+)`", README):
+        assert (ROOT / path).exists(), path
+    subcommands = set(re.findall(r"jaxcls (\w+)", "\n".join(re.findall(r"```\n(.*?)```", README, re.DOTALL))))
+    known = {command.__name__.lower() for command in cli.COMMANDS}
+    assert subcommands <= known
+    for command in re.findall(r"`jaxcls (\w+)`", README):
+        assert command in known
+
+
+def test_commands_that_quickstart_prints_are_understood():
+    from jaxcls.quickstart import NEXT
+
+    lines = [line.split()[1:] for line in NEXT.splitlines() if line.strip().startswith("jaxcls ")]
+    assert len(lines) == 5
+    for name, *arguments in lines:
+        kind = next(command for command in cli.COMMANDS if command.__name__.lower() == name)
+        tyro.cli(kind, args=[a for a in arguments if a != "..."])

@@ -128,7 +128,7 @@ def training_batches(
         first_step: start with this batch.
         num_workers: processes that decode; 0: threads of this process.
     """
-    # Hashed: Grain shuffles epoch e of seed s as epoch 0 of seed s + e, so that neighbours would share orders.
+    # Hashed: Grain shuffles epoch e of seed s as epoch 0 of seed s + e; neighbours would share orders.
     order_seed = int(np.random.SeedSequence(seed).generate_state(1)[0])
     order = grain.MapDataset.range(len(dataset)).shuffle(seed=order_seed).repeat()
     examples = order.map_with_index(_Load(dataset, preprocess, augmentation, seed))

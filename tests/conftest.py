@@ -55,10 +55,10 @@ def write_photos(folder: Path, counts: dict[str, int], seed: int = 0) -> Path:
 
 @pytest.fixture(scope="session")
 def photos(tmp_path_factory):
-    """A dataset of 6 red and 6 blue photos, in files."""
+    """A dataset of 8 red and 8 blue photos, in files."""
     from jaxcls.data.folder import read_folder
 
-    return read_folder(write_photos(tmp_path_factory.mktemp("photos"), {"blue": 6, "red": 6}))
+    return read_folder(write_photos(tmp_path_factory.mktemp("photos"), {"blue": 8, "red": 8}))
 
 
 @pytest.fixture(scope="session")

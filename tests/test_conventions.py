@@ -18,7 +18,7 @@ errors
 storage progress
 parallel
 predictions
-data.images data.dataset data.folder
+data.images data.splitting data.dataset data.folder
 preprocess
 augment.host
 pipeline

@@ -1,6 +1,5 @@
 """`Dataset`: photos reached by position, with their labels. Every operation returns a new one."""
 
-import hashlib
 import math
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -11,6 +10,7 @@ from typing import Protocol
 import numpy as np
 
 from jaxcls.data import images
+from jaxcls.data.splitting import by_class, choose_training, shuffled_units
 from jaxcls.errors import DatasetError, ImageError, UsageError
 from jaxcls.progress import show_progress
 
@@ -51,18 +51,20 @@ class FileSource:
 
 @dataclass(frozen=True, eq=False)
 class MemorySource:
-    """Photos that are already in memory."""
+    """A list of photos in memory, or of paths, read at each access."""
 
-    items: Sequence[Item]
+    items: Sequence[str | Path | Item]
 
     def __len__(self) -> int:
         return len(self.items)
 
     def __getitem__(self, index: int) -> Item:
-        return self.items[index]
+        item = self.items[index]
+        return images.read_bytes(item) if isinstance(item, str | Path) else item
 
-    def path(self, index: int) -> None:
-        return None
+    def path(self, index: int) -> Path | None:
+        item = self.items[index]
+        return Path(item) if isinstance(item, str | Path) else None
 
 
 @dataclass(frozen=True, eq=False)
@@ -300,11 +302,10 @@ class Dataset:
                 f"train_size {train_size} of {len(self)} images leaves one side empty: "
                 "give a fraction between 0 and 1, or a number of images"
             )
+        units = shuffled_units(self.ids, self.groups, seed)
+        strata = by_class(units, self.labels, self.classes) if stratify else {f"dataset {self.name}": units}
         in_training = np.zeros(len(self), bool)
-        missing = 0
-        for units, quota in self._strata(target, stratify=stratify, seed=seed):
-            chosen, missing = _take(units, quota + missing)
-            in_training[chosen] = True
+        in_training[choose_training(strata, int(target))] = True
         return self.select(np.flatnonzero(in_training)), self.select(np.flatnonzero(~in_training))
 
     def split_by_ids(self, test_ids: Iterable[str]) -> tuple["Dataset", "Dataset"]:
@@ -341,34 +342,6 @@ class Dataset:
             raise DatasetError(f"splitting {self.name} by {what} leaves the {side} set empty")
         return self.select(np.flatnonzero(~in_test)), self.select(np.flatnonzero(in_test))
 
-    def _strata(self, target: int, *, stratify: bool, seed: int) -> list[tuple[list[np.ndarray], int]]:
-        """Units (photos that stay together, shuffled) and quota of each stratum; the flexible ones last."""
-        units = self._units(seed)
-        if len(units) < 2:
-            raise DatasetError(f"the images of {self.name} are all of one group, and a split keeps it whole")
-        if not stratify:
-            return [(units, target)]
-        strata: dict[str, list[np.ndarray]] = {}
-        for unit in units:
-            values, counts = np.unique(self.labels[unit], return_counts=True)
-            label = values[counts.argmax()]
-            name = "(unlabelled)" if label == UNLABELLED else self.classes[label]
-            strata.setdefault(name, []).append(unit)
-        quotas = _quotas(strata, target)
-        order = sorted(strata, key=lambda name: (sum(len(unit) == 1 for unit in strata[name]), name))
-        return [(strata[name], quotas[name]) for name in order]
-
-    def _units(self, seed: int) -> list[np.ndarray]:
-        """Groups of positions that stay together, in an order drawn from seed and ids."""
-        group_of = np.arange(len(self)) if self.groups is None else self.groups
-        order = np.argsort(group_of, kind="stable")
-        starts = np.flatnonzero(np.diff(group_of[order], prepend=group_of[order[0]] - 1))
-        units = np.split(order, starts[1:])
-        # A keyed hash, not a generator: the same on every platform and NumPy version, and photos
-        # added later leave the order of the others as it is.
-        ranks = [_rank(seed, min(self.ids[i] for i in unit)) for unit in units]
-        return [units[i] for i in sorted(range(len(units)), key=ranks.__getitem__)]
-
 
 def from_items(items: Sequence[str | Path | Item], classes: tuple[str, ...] = ()) -> Dataset:
     """An unlabelled dataset of paths, encoded bytes or uint8 [H, W, 3] arrays, in the given order.
@@ -376,25 +349,21 @@ def from_items(items: Sequence[str | Path | Item], classes: tuple[str, ...] = ()
     The id of a path is the path itself; of anything else, its position.
 
     Raises:
-        UsageError: a path that is not UTF-8.
+        UsageError: anything else, or a path that is not UTF-8.
     """
+    if isinstance(items, str | Path | bytes | np.ndarray):
+        raise UsageError("images come as a list: put a single one in brackets")
     items = list(items)
+    ids = []
+    for position, item in enumerate(items):
+        if not isinstance(item, str | Path | bytes | np.ndarray):
+            raise UsageError(f"item {position} is a {type(item).__name__}, not a path, bytes or uint8 array")
+        ids.append(Path(item).as_posix() if isinstance(item, str | Path) else str(position))
     labels = np.full(len(items), UNLABELLED, np.int32)
-    if all(isinstance(item, str | Path) for item in items):
-        paths = [Path(item).as_posix() for item in items]  # type: ignore[arg-type]
-        try:
-            names = np.asarray(paths, ID_DTYPE)
-        except UnicodeEncodeError as error:
-            raise UsageError(f"{error.object!a}: the name is not UTF-8: rename the file") from error
-        return Dataset("files", classes, labels, names, FileSource(Path(), names))
-    loaded = [images.read_bytes(item) if isinstance(item, str | Path) else item for item in items]
-    return Dataset(
-        "images",
-        classes,
-        labels,
-        np.asarray(list(map(str, range(len(items)))), ID_DTYPE),
-        MemorySource(loaded),
-    )
+    try:
+        return Dataset("images", classes, labels, np.asarray(ids, ID_DTYPE), MemorySource(items))
+    except UnicodeEncodeError as error:
+        raise UsageError(f"{error.object!a}: the name is not UTF-8: rename the file") from error
 
 
 def scan(dataset: Dataset, *, max_bad_fraction: float = 0.0) -> Dataset:
@@ -430,58 +399,6 @@ def scan(dataset: Dataset, *, max_bad_fraction: float = 0.0) -> Dataset:
     kept = dataset.select([i for i, message in enumerate(problems) if message is None])
     notes = (f"{len(bad)} undecodable images left out:", *(f"  {message}" for message in bad))
     return replace(kept, notes=(*dataset.notes, *notes))
-
-
-def _rank(seed: int, identifier: str) -> bytes:
-    return hashlib.blake2b(f"{seed}:{identifier}".encode(), digest_size=16).digest()
-
-
-def _quotas(strata: dict[str, list[np.ndarray]], target: int) -> dict[str, int]:
-    """Training photos per stratum by largest remainder, at least one on each side of every stratum."""
-    if single := [name for name, units in strata.items() if len(units) < 2]:
-        raise DatasetError(
-            f"class {', '.join(single)} has a single image or group, and a stratified split needs two of "
-            "each: add images, leave the class out, or split with stratify=False"
-        )
-    counts = np.asarray([sum(map(len, units)) for units in strata.values()])
-    total = int(counts.sum())
-    if not len(strata) <= target <= total - len(strata):
-        raise DatasetError(
-            f"{target} training and {total - target} test images cannot hold one of each of "
-            f"{len(strata)} classes: change train_size, or split with stratify=False"
-        )
-    shares = counts * target / total
-    quotas = np.clip(np.floor(shares).astype(int), 1, counts - 1)
-    while (missing := target - quotas.sum()) != 0:
-        step = int(np.sign(missing))
-        room = (quotas + step >= 1) & (quotas + step <= counts - 1)
-        quotas[np.where(room, step * (shares - quotas), -np.inf).argmax()] += step
-    return dict(zip(strata, map(int, quotas), strict=True))
-
-
-def _take(units: list[np.ndarray], quota: int) -> tuple[np.ndarray, int]:
-    """Some of the units, never all, of `quota` photos or as near as can be; and how many are missing."""
-    chosen, room = [], min(max(quota, 1), sum(map(len, units)) - 1)
-    for unit in units:
-        if len(unit) <= room:
-            chosen.append(unit)
-            room -= len(unit)
-    positions = np.concatenate(_nearest_sum(units, quota) if room else chosen)
-    return positions, quota - len(positions)
-
-
-def _nearest_sum(units: list[np.ndarray], quota: int) -> list[np.ndarray]:
-    """The units, not none and not all, whose sizes add up to the sum nearest to `quota` (subset sum)."""
-    reached = [1]  # Bit s of number n: some of the first n units hold s photos.
-    for unit in units:
-        reached.append(reached[-1] | reached[-1] << len(unit))
-    sums = [total for total in range(1, sum(map(len, units))) if reached[-1] >> total & 1]
-    total, chosen = min(sums, key=lambda total: abs(total - quota)), []
-    for unit, reached_before in zip(units[::-1], reached[-2::-1], strict=True):
-        if not reached_before >> total & 1:
-            chosen.append(unit)
-            total -= len(unit)
-    return chosen
 
 
 def _merge_groups(first: Dataset, second: Dataset) -> np.ndarray | None:

@@ -3,6 +3,7 @@
 import io
 from collections import Counter
 from itertools import combinations, product
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -110,17 +111,29 @@ def test_items_may_be_mixed(tmp_path):
     path = tmp_path / "a.png"
     Image.new("RGB", (3, 2), (9, 9, 9)).save(path)
     dataset = from_items([path, path.read_bytes(), photo(5), str(path)])
-    assert dataset.ids.tolist() == ["0", "1", "2", "3"]
+    assert dataset.ids.tolist() == [path.as_posix(), "1", "2", path.as_posix()]
     assert [int(dataset.image(i)[0, 0, 0]) for i in range(4)] == [9, 9, 5, 9]
-    assert dataset.source.path(0) is None
+    assert [dataset.source.path(i) for i in range(4)] == [path, None, None, path]
+    gone = from_items([photo(), tmp_path / "gone.png"])
     with pytest.raises(ImageError, match=r"gone\.png: cannot be read"):
-        from_items([photo(), tmp_path / "gone.png"])
+        gone.image(1)
+
+
+@pytest.mark.parametrize("single", ["a.png", Path("a.png"), b"GIF89a", np.zeros((2, 2, 3), np.uint8)])
+def test_a_single_item_says_to_put_it_into_a_list(single):
+    with pytest.raises(UsageError, match="as a list"):
+        from_items(single)
+
+
+def test_an_item_of_another_kind_is_named():
+    with pytest.raises(UsageError, match="item 1 is a Image"):
+        from_items(["a.png", Image.new("RGB", (2, 2))])
 
 
 def test_no_items_are_an_empty_dataset():
     empty = from_items([])
     assert len(empty) == 0
-    assert empty.summary() == "files: 0 images, 0 classes"
+    assert empty.summary() == "images: 0 images, 0 classes"
     assert len(empty.select_ids([])) == len(scan(empty)) == len(empty.group_by_folder()) == 0
 
 
@@ -378,7 +391,7 @@ def test_classes_too_small_to_stratify_are_refused():
 
 @pytest.mark.parametrize("stratify", [True, False])
 def test_a_single_group_cannot_be_split(stratify):
-    with pytest.raises(DatasetError, match="all of one group"):
+    with pytest.raises(DatasetError, match="single image or group"):
         sized(3, 3, groups=[4] * 6).split(0.5, stratify=stratify)
 
 

@@ -4,10 +4,10 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from conftest import write_photos
 from sklearn.preprocessing import normalize
 from sklearn.svm import LinearSVC
 
-from conftest import write_photos
 from jaxcls.classifier import Classifier, Head
 from jaxcls.data.dataset import Dataset, MemorySource
 from jaxcls.data.folder import read_folder

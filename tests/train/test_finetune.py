@@ -1,4 +1,4 @@
-"""`finetune` as a whole, with a ResNet-18 at 32 pixels. Compiling takes the time: most runs share one program."""
+"""`finetune` as a whole, with a ResNet-18 at 32 pixels. Compiling takes long: most runs share one program."""
 
 import json
 import re
@@ -22,8 +22,11 @@ from jaxcls.train.finetune import finetune
 from jaxcls.train.reporters import Reporter
 
 STEPS_PER_EPOCH = 3
+SLOW = pytest.mark.slow
 # The third rate is for the run that diverges: rates are part of the program.
-CONFIG = FinetuneConfig(num_epochs=2, learning_rates=(0.2, 0.1, 1e30), batch_size=4, dropout=0.2, log_every=1)
+CONFIG = FinetuneConfig(
+    num_epochs=2, learning_rates=(0.03, 0.025, 1e30), batch_size=6, dropout=0.0, log_every=1
+)
 ONE_EPOCH = replace(CONFIG, num_epochs=1)
 
 
@@ -106,11 +109,9 @@ def one_epoch(photos, backbone, tmp_path_factory):
 
 
 def test_learns_to_tell_red_from_blue(run):
-    result, _ = run
-    losses = [row["train_loss"] for row in result.history]
-    assert losses[-1] < 0.5 * losses[0]
-    errors = [1 - row["train_accuracy"] for row in result.history]
-    assert errors[-1] < errors[0]
+    first, last = run[0].history
+    assert last["train_loss"] < 0.8 * first["train_loss"]
+    assert 1 - last["train_accuracy"] < 1 - first["train_accuracy"]
 
 
 def test_a_row_of_the_history(run):
@@ -129,8 +130,8 @@ def test_the_run_is_described_first(run):
     _, recorder = run
     (text,) = recorder.messages
     num_parameters = 11_689_512 - 513 * 1000 + 513 * 2
-    assert f"12 images of 2 classes: {num_parameters} parameters in 62 tensors" in text
-    assert "2 epochs of 3 steps with 4 images of 32 px in float32 on 2 x cpu" in text
+    assert f"16 images of 2 classes: {num_parameters} parameters in 62 tensors" in text
+    assert "2 epochs of 3 steps with 6 images of 32 px in float32 on 2 x cpu" in text
     assert "smaller than a batch" not in text
 
 
@@ -157,9 +158,9 @@ def test_the_run_folder(run, photos):
     rows = [json.loads(line) for line in (result.run_dir / "metrics.jsonl").read_text().splitlines()]
     assert rows == result.history
     written = json.loads((result.run_dir / "config.json").read_text())
-    assert written["config"]["learning_rates"] == [0.2, 0.1, 1e30]
+    assert written["config"]["learning_rates"] == [0.03, 0.025, 1e30]
     assert written["config"]["seed"] == 0
-    assert written["datasets"]["train"] == {"name": photos.name, "classes": ["blue", "red"], "num_images": 12}
+    assert written["datasets"]["train"] == {"name": photos.name, "classes": ["blue", "red"], "num_images": 16}
     assert written["datasets"]["eval"]["num_images"] == 7
     with Image.open(result.run_dir / "accuracy.png") as plot:
         assert plot.size == (600, 400)
@@ -174,7 +175,7 @@ def test_the_written_classifier_scores_bitwise_as_the_returned_one(run):
     np.testing.assert_array_equal(*scores)
     assert loaded.classes == ("blue", "red")
     assert loaded.provenance["num_epochs_done"] == 2
-    assert loaded.provenance["config"]["batch_size"] == 4
+    assert loaded.provenance["config"]["batch_size"] == 6
 
 
 def test_tensorboard_events_are_readable(run):
@@ -223,7 +224,7 @@ def test_another_seed_trains_otherwise(photos, backbone, run):
     assert recorder.losses != run[1].losses[:2]
 
 
-@pytest.mark.slow
+@SLOW
 def test_one_device_trains_as_two(photos, backbone, monkeypatch):
     """With a small rate: a large one multiplies the rounding of each step."""
     config = replace(CONFIG, learning_rates=(0.002,))
@@ -237,7 +238,7 @@ def test_one_device_trains_as_two(photos, backbone, monkeypatch):
     np.testing.assert_allclose(*losses, rtol=1e-5)
 
 
-@pytest.mark.slow
+@SLOW
 def test_worker_processes_change_nothing(photos, backbone, one_epoch):
     result = finetune(photos, backbone, replace(ONE_EPOCH, num_workers=2), reporters=[])
     assert_same(result.classifier.weights, one_epoch.classifier.weights)
@@ -259,17 +260,21 @@ def changed_parts(backbone, classifier):
 @pytest.mark.parametrize(
     ("options", "stays"),
     [
-        ({"freeze": 2}, lambda collection, part, leaf: part in ("stem", "stage1", "stage2")),
-        ({"freeze": "backbone"}, lambda collection, part, leaf: True),
-        ({"batch_norm": "frozen"}, lambda collection, part, leaf: leaf != "kernel"),
+        ({"freeze": "backbone"}, lambda part, leaf: True),
+        (
+            {"freeze": 2, "batch_norm": "frozen"},
+            lambda part, leaf: part in ("stem", "stage1", "stage2") or leaf != "kernel",
+        ),
+        pytest.param({"freeze": 2}, lambda part, leaf: part in ("stem", "stage1", "stage2"), marks=SLOW),
+        pytest.param({"batch_norm": "frozen"}, lambda part, leaf: leaf != "kernel", marks=SLOW),
     ],
 )
 def test_what_is_frozen_stays_bitwise_and_all_else_moves(photos, backbone, options, stays):
     config = FinetuneConfig(num_epochs=1, learning_rates=(0.1,), batch_size=4, dropout=0.0, **options)
-    result = finetune(photos.select([0, 6, 1, 7]), backbone, config, reporters=[])
+    result = finetune(photos.select([0, 8, 1, 9]), backbone, config, reporters=[])
     moved, stayed = changed_parts(backbone, result.classifier)
     assert moved.isdisjoint(stayed)
-    assert stayed == {name for name in moved | stayed if stays(*name)}
+    assert stayed == {name for name in moved | stayed if stays(*name[1:])}
 
 
 def test_a_diverging_run_names_step_and_photos_and_keeps_the_last_whole_epoch(photos, backbone, tmp_path):
@@ -277,7 +282,7 @@ def test_a_diverging_run_names_step_and_photos_and_keeps_the_last_whole_epoch(ph
     with pytest.raises(TrainingError, match="the loss is nan at step 8: lower the learning rates") as caught:
         finetune(photos, backbone, config, run_dir=tmp_path, reporters=[])
     named = str(caught.value).partition("batch: ")[2].split(", ")
-    assert len(named) == 4
+    assert len(named) == 6
     assert set(named) <= set(photos.ids)
     kept = load(tmp_path / "classifier")
     assert kept.provenance["num_epochs_done"] == 2
@@ -307,7 +312,7 @@ def test_a_training_set_smaller_than_a_batch_repeats(backbone):
     dataset = memory_dataset([0, 1, 1], ("a", "b"))
     with pytest.raises(KeyboardInterrupt):
         finetune(dataset, backbone, ONE_EPOCH, reporters=[recorder])
-    assert "smaller than a batch of 4: images repeat within it" in recorder.messages[0]
+    assert "smaller than a batch of 6: images repeat within it" in recorder.messages[0]
 
 
 @pytest.fixture
@@ -399,6 +404,6 @@ def test_the_console_is_the_default_reporter(photos, backbone, run, capfd):
     captured = capfd.readouterr()
     assert captured.out == ""
     assert re.search(
-        r"^epoch   1/1  rate 0\.2  loss \d+\.\d{4}  error \d+\.\d\d%  [\d.]+ images/s$", captured.err, re.M
+        r"^epoch   1/1  rate 0\.03  loss \d+\.\d{4}  error \d+\.\d\d%  [\d.]+ images/s$", captured.err, re.M
     )
     assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f]", captured.err)

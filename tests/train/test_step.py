@@ -217,7 +217,7 @@ def test_two_devices_train_as_one():
     losses, states = {}, {}
     for num_devices in (1, 2):
         state = init_state(trunk, K, SGD, seed=0, use_ema=False)
-        step = make_step(apply, num_devices, SGD, dropout=0.3)
+        step = make_step(apply, num_devices)
         losses[num_devices] = []
         for _ in range(3):
             state, sums = step(state, images, LABELS)

@@ -4,7 +4,6 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxcls.storage import make_private_folder
@@ -33,4 +32,3 @@ def use_compilation_cache(folder: Path) -> None:
     """Keep compiled programs in `folder`, made private: whoever can write there can run code here."""
     jax.config.update("jax_compilation_cache_dir", str(make_private_folder(folder)))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-    compilation_cache.reset_cache()  # else a program compiled earlier has settled that there is none

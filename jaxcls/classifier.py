@@ -1,10 +1,9 @@
 """`Classifier`: what training produces, and all that prediction, export and serving need."""
 
-import hashlib
 import json
 import math
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -14,7 +13,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
-from jax.typing import DTypeLike
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
@@ -23,6 +21,7 @@ from jaxcls.models.pretrained import Backbone, load_pretrained
 from jaxcls.models.resnet import abstract_variables, init_variables, make_apply
 from jaxcls.predictions import Kind
 from jaxcls.preprocess import Preprocess
+from jaxcls.storage import file_sha256
 
 FORMAT = "jaxcls-classifier"
 FORMAT_VERSION = 1
@@ -102,11 +101,17 @@ class Classifier:
 
     @property
     def weights(self) -> dict[str, Any]:
-        """The first argument of `make_forward`'s function: a tree of arrays."""
+        """The first argument of `forward`: a tree of arrays."""
         return {
             "backbone": self.backbone.variables,
             "head": {"kernel": self.head.kernel, "bias": self.head.bias},
         }
+
+    def forward(self, dtype: str) -> "Forward":
+        """The function `(weights, images) -> scores`, with convolutions in `dtype`."""
+        return Forward(
+            self.backbone.architecture, self.preprocess, dtype, len(self.classes), self.head.normalize
+        )
 
     def save(self, path: str | Path) -> Path:
         """Write the classifier as a folder: manifest, weights and parity vectors; return its path.
@@ -125,17 +130,17 @@ class Classifier:
                 new, old = Path(scratch) / "new", Path(scratch) / "old"
                 new.mkdir()
                 self._write(new)
-                if path.exists():
-                    path.rename(old)
-                new.rename(path)
+                _put_in_place(new, path, old)
         except (OSError, SafetensorError) as error:
             raise ClassifierError(f"cannot save to {path}: {error}") from error
         return path
 
     def _write(self, folder: Path) -> None:
-        save_file({name: np.asarray(value) for name, value in _flatten(self.weights)}, folder / WEIGHTS)
+        # Contiguous: safetensors writes memory as it lies, whatever the strides.
+        arrays = {name: np.ascontiguousarray(value, np.float32) for name, value in _flatten(self.weights)}
+        save_file(arrays, folder / WEIGHTS)
         images = _parity_images(self.preprocess.size)
-        scores = jax.jit(make_forward(self))(self.weights, images)[0]
+        scores = jax.jit(self.forward("float32"))(self.weights, images)
         np.savez(folder / PARITY, images=images, scores=np.asarray(scores))
         thresholds = self.head.thresholds
         manifest = {
@@ -152,11 +157,16 @@ class Classifier:
             "parity_tolerance": PARITY_TOLERANCE,
             "provenance": {"backbone": dict(self.backbone.provenance), **self.provenance},
             "versions": {name: version(name) for name in ("jaxcls", "jax", "flax", "numpy")},
-            "sha256": {name: _sha256(folder / name) for name in (WEIGHTS, PARITY)},
+            "sha256": {name: file_sha256(folder / name) for name in (WEIGHTS, PARITY)},
         }
         (folder / MANIFEST).write_text(
             json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
         )
+
+
+def as_backbone(network: Backbone | Classifier) -> Backbone:
+    """The backbone itself, or a classifier's."""
+    return network.backbone if isinstance(network, Classifier) else network
 
 
 def load(path: str | Path) -> Classifier:
@@ -199,35 +209,47 @@ def load(path: str | Path) -> Classifier:
         raise ClassifierError(f"{path}: {MANIFEST} and {WEIGHTS} do not fit together: {error}") from error
 
 
-def load_parity(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
+def load_parity(path: str | Path) -> tuple[np.ndarray, np.ndarray, dict[str, float]]:
     """A saved classifier's parity vectors: images uint8 [n, size, size, 3], scores float32 [n, K].
+
+    With them the largest difference allowed, by dtype, relative to the scores' largest magnitude.
 
     Raises:
         ClassifierError: they are missing or damaged.
     """
     path = Path(path)
-    _check_file(path, PARITY, _read_manifest(path))
+    manifest = _read_manifest(path)
+    _check_file(path, PARITY, manifest)
     with np.load(path / PARITY, allow_pickle=False) as stored:
-        return stored["images"], stored["scores"]
+        return stored["images"], stored["scores"], manifest["parity_tolerance"]
 
 
-def make_forward(
-    classifier: Classifier, dtype: DTypeLike = jnp.float32
-) -> Callable[[Any, jax.Array], tuple[jax.Array, jax.Array]]:
-    """A pure function `(weights, images uint8 [B, H, W, 3]) -> (scores [B, K], features [B, D])`, float32.
+@dataclass(frozen=True)
+class Forward:
+    """A pure function `(weights, images uint8 [B, size, size, 3]) -> scores [B, K] or features [B, D]`.
 
-    Args:
-        classifier: gives architecture, preprocessing and the head's form; its arrays come in as `weights`.
-        dtype: of the convolutions.
+    Two with the same fields are equal, so that one compiled program serves all classifiers of a form.
+
+    Attributes:
+        architecture: a key of `ARCHITECTURES`.
+        preprocess: its device part runs inside.
+        dtype: of the convolutions: "float32" or "bfloat16".
+        num_classes: K; None for features.
+        normalize: as for `Head`.
     """
-    apply = make_apply(classifier.backbone.architecture, dtype=dtype)
-    preprocess, normalize = classifier.preprocess, classifier.head.normalize
 
-    def forward(weights: Any, images: jax.Array) -> tuple[jax.Array, jax.Array]:
-        features, _ = apply(weights["backbone"], preprocess.normalize(images), train=False)
-        return apply_head(weights["head"], features, normalize=normalize), features
+    architecture: str
+    preprocess: Preprocess
+    dtype: str
+    num_classes: int | None = None
+    normalize: bool = False
 
-    return forward
+    def __call__(self, weights: Any, images: jax.Array) -> jax.Array:
+        apply = make_apply(self.architecture, dtype=jnp.dtype(self.dtype))
+        features, _ = apply(weights["backbone"], self.preprocess.normalize(images), train=False)
+        if self.num_classes is None:
+            return features
+        return apply_head(weights["head"], features, normalize=self.normalize)
 
 
 def apply_head(head: Mapping[str, jax.Array], features: jax.Array, *, normalize: bool = False) -> jax.Array:
@@ -286,7 +308,7 @@ def imagenet_classifier(name: str, *, weights: str | Path | None = None) -> Clas
     Raises:
         ClassifierError: the weights carry no 1000-class head.
     """
-    backbone = load_pretrained(name, weights=None if weights is None else Path(weights))
+    backbone = load_pretrained(name, weights=weights)
     if backbone.pretrained_head is None or backbone.pretrained_classes is None:
         raise ClassifierError(f"{weights or name}: these weights carry no ImageNet head: use load_pretrained")
     kernel, bias = backbone.pretrained_head
@@ -331,8 +353,20 @@ def _read_manifest(path: Path) -> dict[str, Any]:
 def _check_file(path: Path, name: str, manifest: Mapping[str, Any]) -> None:
     if not (path / name).is_file():
         raise ClassifierError(f"{path}: {name} is missing: copy the whole folder again")
-    if _sha256(path / name) != manifest["sha256"][name]:
+    if file_sha256(path / name) != manifest["sha256"][name]:
         raise ClassifierError(f"{path}: {name} is damaged (its sha256 is not the manifest's): copy it again")
+
+
+def _put_in_place(new: Path, path: Path, old: Path) -> None:
+    if not path.exists():
+        new.rename(path)
+        return
+    path.rename(old)
+    try:
+        new.rename(path)
+    except BaseException:  # Ctrl-C too: `old` goes with the scratch folder
+        old.rename(path)
+        raise
 
 
 def _parity_images(size: int) -> np.ndarray:
@@ -341,8 +375,3 @@ def _parity_images(size: int) -> np.ndarray:
     rows = np.arange(1, NUM_PARITY_IMAGES + 1)[:, None, None, None] * ramp[None, :, None, None]
     columns = np.arange(1, 4)[None, None, None, :] * ramp[None, None, :, None]
     return ((rows + columns) % 256).astype(np.uint8)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

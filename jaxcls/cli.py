@@ -16,6 +16,7 @@ import tyro
 from tyro.conf import OmitArgPrefixes, Positional
 
 import jaxcls
+from jaxcls.data.images import MAX_PIXELS
 from jaxcls.errors import JaxclsError, UsageError
 from jaxcls.models.precision import Precision
 from jaxcls.storage import Storage
@@ -34,6 +35,21 @@ class Command:
     def run(self) -> int:
         """Do it and return the exit code."""
         raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class PhotoCommand(Command):
+    """What every subcommand that reads photos takes."""
+
+    max_pixels: int = MAX_PIXELS
+    """Refuse photos of more pixels, before decoding them."""
+
+    def read(
+        self, path: Path, classes: Sequence[str] | None = None, *, skip_bad: bool = False
+    ) -> jaxcls.Dataset:
+        """The photos of a folder, without undecodable ones if these are to be skipped."""
+        photos = jaxcls.read_folder(path, classes=classes, max_pixels=self.max_pixels)
+        return jaxcls.scan(photos, max_bad_fraction=1.0) if skip_bad else photos
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,13 +82,26 @@ class SplitOptions:
     split_seed: int = 0
     """Another seed, another held-out part."""
 
-    def divide(self, dataset: jaxcls.Dataset) -> tuple[jaxcls.Dataset, jaxcls.Dataset | None]:
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingCommand(PhotoCommand):
+    """What both ways of training take."""
+
+    data: Positional[Path]
+    """The folder of photos."""
+    start: OmitArgPrefixes[BackboneOptions] = field(default_factory=BackboneOptions)
+    split: OmitArgPrefixes[SplitOptions] = field(default_factory=SplitOptions)
+    skip_bad: bool = False
+    """Leave undecodable photos out, however many."""
+
+    def divide(self) -> tuple[jaxcls.Dataset, jaxcls.Dataset | None]:
         """Training and test set."""
-        if self.test_data is not None:
-            return dataset, jaxcls.read_folder(self.test_data, classes=dataset.classes)
-        if self.train_size == 1:
-            return dataset, None
-        return dataset.split(self.train_size, seed=self.split_seed)
+        photos = self.read(self.data, skip_bad=self.skip_bad)
+        if self.split.test_data is not None:
+            return photos, self.read(self.split.test_data, photos.classes, skip_bad=self.skip_bad)
+        if self.split.train_size == 1:
+            return photos, None
+        return photos.split(self.split.train_size, seed=self.split.split_seed)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +119,7 @@ class Quickstart(Command):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Info(Command):
+class Info(PhotoCommand):
     """Describe a folder of photos or a saved classifier; without a path, this installation."""
 
     path: Positional[Path | None] = None
@@ -102,7 +131,7 @@ class Info(Command):
         elif _is_classifier(self.path):
             print(_describe_classifier(self.path))
         else:
-            dataset = jaxcls.read_folder(self.path)
+            dataset = self.read(self.path)
             print(dataset.summary())
             jaxcls.scan(dataset)
             print("every image can be decoded")
@@ -110,36 +139,25 @@ class Info(Command):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Train(Command):
+class Train(TrainingCommand):
     """Fine-tune a network on a folder of photos, one sub-folder per class."""
 
-    data: Positional[Path]
-    """The folder of photos."""
-    start: OmitArgPrefixes[BackboneOptions] = field(default_factory=BackboneOptions)
-    split: OmitArgPrefixes[SplitOptions] = field(default_factory=SplitOptions)
     config: OmitArgPrefixes[FinetuneConfig] = field(default_factory=FinetuneConfig)
-    skip_bad: bool = False
-    """Leave undecodable photos out, however many."""
     out: Path | None = None
     """A new folder for the run."""
 
     def run(self) -> int:
-        train, test = self.split.divide(jaxcls.read_folder(self.data))
+        train, test = self.divide()
         run_dir = self.out or _new_output("train")
-        config = replace(self.config, max_bad_fraction=1.0) if self.skip_bad else self.config
-        result = jaxcls.finetune(train, self.start.load(), config, eval_dataset=test, run_dir=run_dir)
+        result = jaxcls.finetune(train, self.start.load(), self.config, eval_dataset=test, run_dir=run_dir)
         print(f"classifier: {run_dir / 'classifier'}")
         return DONE if test is None else _report(result.classifier, test, run_dir)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Svm(Command):
+class Svm(TrainingCommand):
     """Train a linear SVM on a frozen network's features of a folder of photos."""
 
-    data: Positional[Path]
-    """The folder of photos."""
-    start: OmitArgPrefixes[BackboneOptions] = field(default_factory=BackboneOptions)
-    split: OmitArgPrefixes[SplitOptions] = field(default_factory=SplitOptions)
     C: float = 1.0
     """Inverse regularisation: small values regularise more."""
     class_weight: Literal["balanced", "none"] = "balanced"
@@ -148,13 +166,13 @@ class Svm(Command):
     """Divide each feature vector by its L2 norm."""
     precision: Precision = "auto"
     """Of the convolutions."""
-    skip_bad: bool = False
-    """Leave undecodable photos out, however many."""
     out: Path | None = None
     """Where to save the classifier."""
 
     def run(self) -> int:
-        train, test = self.split.divide(jaxcls.read_folder(self.data))
+        if self.out is not None and self.out.exists() and not _is_classifier(self.out):
+            raise UsageError(f"{self.out} exists and is no saved classifier: choose another path")
+        train, test = self.divide()
         classifier = jaxcls.fit_svm(
             train,
             self.start.load(),
@@ -162,7 +180,6 @@ class Svm(Command):
             class_weight=None if self.class_weight == "none" else self.class_weight,
             normalize_features=self.normalize_features,
             precision=self.precision,
-            max_bad_fraction=1.0 if self.skip_bad else 0.0,
             progress=True,
         )
         path = classifier.save(self.out or _new_output("svm") / "svm.jaxcls")
@@ -171,7 +188,7 @@ class Svm(Command):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evaluate(Command):
+class Evaluate(PhotoCommand):
     """Measure a saved classifier on a folder of labelled photos."""
 
     model: Positional[Path]
@@ -185,14 +202,14 @@ class Evaluate(Command):
 
     def run(self) -> int:
         classifier = jaxcls.load(self.model)
-        dataset = jaxcls.read_folder(self.data, classes=classifier.classes)
+        dataset = self.read(self.data, classifier.classes)
         if self.ids is not None:
             dataset = dataset.select_ids(_read_lines(self.ids))
         return _report(classifier, dataset, self.out)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Predict(Command):
+class Predict(PhotoCommand):
     """Score images: a row for each. An unreadable image gets a row with its error, and exit code 1."""
 
     model: Positional[Path]
@@ -209,9 +226,10 @@ class Predict(Command):
     def run(self) -> int:
         if self.out is not None and self.format == "table":
             raise UsageError("--out needs --format csv or --format jsonl")
-        predictions = jaxcls.predict(
-            jaxcls.load(self.model), _expand(self.paths), precision=self.precision, progress=True
-        )
+        from jaxcls.data.dataset import from_items
+
+        photos = replace(from_items(_expand(self.paths)), max_pixels=self.max_pixels)
+        predictions = jaxcls.predict(jaxcls.load(self.model), photos, precision=self.precision, progress=True)
         if self.format == "table":
             _print_table(predictions)
         else:
@@ -227,21 +245,22 @@ COMMANDS = (Quickstart, Info, Train, Svm, Evaluate, Predict)
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; return its exit code: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
-    command = tyro.extras.subcommand_cli_from_dict(
-        {kind.__name__.lower(): kind for kind in COMMANDS},
-        prog="jaxcls",
-        description=f"jaxcls {jaxcls.__version__}: {jaxcls.__doc__.partition(chr(10))[0]}",
-        args=arguments,
-    )
     try:
+        command = tyro.extras.subcommand_cli_from_dict(
+            {kind.__name__.lower(): kind for kind in COMMANDS},
+            prog="jaxcls",
+            description=f"jaxcls {jaxcls.__version__}: {jaxcls.__doc__.partition(chr(10))[0]}",
+            args=arguments,
+        )
         from jaxcls.parallel import use_compilation_cache
 
         use_compilation_cache(Storage.default().persistent / "compiled")
         return command.run()
-    except JaxclsError as error:
-        if command.debug:
+    except (JaxclsError, OSError) as error:
+        if "--debug" in arguments:
             raise
-        print(f"jaxcls: {error}", file=sys.stderr)
+        message = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else error
+        print(f"jaxcls: {message}", file=sys.stderr)
         return WRONG_USAGE if isinstance(error, UsageError) else FAILED
     except KeyboardInterrupt:
         print("jaxcls: interrupted", file=sys.stderr)
@@ -316,14 +335,15 @@ def _open(path: Path | None) -> AbstractContextManager[TextIO]:
     if path is None:
         return nullcontext(sys.stdout)
     try:
-        # A file name that is not UTF-8 cannot stand in a UTF-8 table: its odd bytes appear escaped.
-        return path.open("w", encoding="utf-8", errors="backslashreplace", newline="")
+        return path.open("w", encoding="utf-8", newline="")
     except OSError as error:
         raise UsageError(f"{path} cannot be written: {error.strerror}") from error
 
 
 def _is_classifier(path: Path) -> bool:
-    return (path / "classifier.json").is_file()
+    from jaxcls.classifier import MANIFEST
+
+    return (path / MANIFEST).is_file()
 
 
 def _expand(paths: Sequence[Path]) -> list[Path]:
@@ -333,7 +353,8 @@ def _expand(paths: Sequence[Path]) -> list[Path]:
     files: list[Path] = []
     for path in paths:
         if path.is_dir():
-            found = sorted(list_images(path).images)
+            listing = list_images(path)
+            found = sorted(listing.images + listing.not_utf8)
             if not found:
                 raise UsageError(f"{path} holds no images")
             files += [path / image for image in found]
@@ -346,9 +367,10 @@ def _expand(paths: Sequence[Path]) -> list[Path]:
 
 def _read_lines(path: Path) -> list[str]:
     try:
-        return path.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise UsageError(f"{path} cannot be read: {error.strerror}") from error
+        # Not splitlines: a file name may hold what Unicode counts as a line's end.
+        return path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} cannot be read: {error}") from error
 
 
 def _new_output(command: str) -> Path:

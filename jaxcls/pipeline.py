@@ -8,6 +8,7 @@ step, with any number of workers, sees what an undisturbed one would have seen.
 JAX is imported only where arrays meet devices: Grain's workers import this module.
 """
 
+import os
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import closing
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from jax.sharding import Sharding
 
 NUM_BATCHES_AHEAD = 2
+MAX_THREADS = 16
 
 
 class Batch(NamedTuple):
@@ -159,16 +161,14 @@ def on_devices(batches: Iterator[Batch], sharding: "Sharding") -> Iterator[Batch
 
 
 def _iterate(batches: grain.MapDataset, num_workers: int) -> Iterator[Batch]:
-    # A Grain worker parses absl's flags and fails in programs that are no absl programs.
-    if not flags.FLAGS.is_parsed():
-        flags.FLAGS.mark_as_parsed()
-    options = grain.ReadOptions(num_threads=_num_threads(num_workers), prefetch_buffer_size=NUM_BATCHES_AHEAD)
-    stream = batches.to_iter_dataset(options)
+    # A thread makes a whole batch; a worker process has one, and its own place among the cores.
+    num_threads = 1 if num_workers else min(os.cpu_count() or 1, MAX_THREADS)
+    num_ahead = max(num_threads, NUM_BATCHES_AHEAD)
+    stream = batches.to_iter_dataset(grain.ReadOptions(num_threads, prefetch_buffer_size=num_ahead))
     if num_workers:
+        # A Grain worker parses absl's flags and fails in programs that are no absl programs.
+        if not flags.FLAGS.is_parsed():
+            flags.FLAGS.mark_as_parsed()
         # Batches are made before this line: split over workers first, they would depend on the number.
         stream = stream.mp_prefetch(grain.MultiprocessingOptions(num_workers=num_workers))
     return iter(stream)
-
-
-def _num_threads(num_workers: int) -> int:
-    return 1 if num_workers else NUM_BATCHES_AHEAD

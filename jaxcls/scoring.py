@@ -3,20 +3,22 @@
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
-from jaxcls.classifier import PARITY_TOLERANCE, Classifier, apply_head, load_parity, make_forward
+from jaxcls.classifier import Classifier, Forward, apply_head, as_backbone, load_parity
 from jaxcls.data.dataset import UNLABELLED, Dataset, Item, from_items
 from jaxcls.errors import ClassifierError, ImageError, UsageError
 from jaxcls.models.precision import Precision, compute_dtype
 from jaxcls.models.pretrained import Backbone
-from jaxcls.models.resnet import make_apply
+from jaxcls.models.resnet import ARCHITECTURES, abstract_variables
 from jaxcls.parallel import batch_sharding, make_mesh, replicated
-from jaxcls.pipeline import evaluation_batches, on_devices, steps_per_epoch
+from jaxcls.pipeline import Batch, evaluation_batches, on_devices, steps_per_epoch
 from jaxcls.predictions import Predictions
 from jaxcls.progress import show_progress
 
@@ -26,7 +28,7 @@ Items = Dataset | Sequence[str | Path | Item]
 
 @dataclass(frozen=True, eq=False)
 class CompiledProgram:
-    """One function of (weights, images), compiled ahead of time for a fixed set of batch sizes."""
+    """A `Forward` and its weights on the devices, compiled ahead of time for a fixed set of batch sizes."""
 
     executables: Mapping[int, tuple[Any, Any]]
     image_size: int
@@ -39,9 +41,8 @@ class CompiledProgram:
         """
         expected = (self.image_size, self.image_size, 3)
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1:] != expected:
-            raise UsageError(
-                f"images must be uint8 [B, {', '.join(map(str, expected))}], not {_form(images)}"
-            )
+            wanted = ", ".join(map(str, expected))
+            raise UsageError(f"images must be uint8 [B, {wanted}], not {images.dtype} {list(images.shape)}")
         if len(images) not in self.executables:
             sizes = ", ".join(map(str, self.executables))
             raise UsageError(f"batch size {len(images)} was not compiled; compiled are {sizes}")
@@ -49,27 +50,38 @@ class CompiledProgram:
         return executable(weights, images)
 
 
-def compile_program(
-    function: Callable[[Any, jax.Array], Any], weights: Any, image_size: int, batch_sizes: Sequence[int]
-) -> CompiledProgram:
-    """Compile `function(weights, images uint8 [B, size, size, 3])` for every batch size.
-
-    A batch is sharded over as many devices as divide it.
-    """
+def compile_program(forward: Forward, weights: Any, batch_sizes: Sequence[int]) -> CompiledProgram:
+    """Compile for every batch size; a batch is sharded over as many devices as divide it."""
     if not batch_sizes or min(batch_sizes) < 1:
         raise UsageError(f"batch sizes {tuple(batch_sizes)}: give at least one, each at least 1")
+    placed: dict[Mesh, Any] = {}
     executables = {}
-    placed: dict[Any, Any] = {}
     for size in sorted(set(batch_sizes)):
         mesh = make_mesh(size)
         if mesh not in placed:
             placed[mesh] = jax.device_put(weights, replicated(mesh))
-        shape = jax.ShapeDtypeStruct(
-            (size, image_size, image_size, 3), np.uint8, sharding=batch_sharding(mesh)
-        )
-        program = jax.jit(function, out_shardings=batch_sharding(mesh))
-        executables[size] = (program.lower(placed[mesh], shape).compile(), placed[mesh])
-    return CompiledProgram(executables, image_size)
+        executables[size] = _compile(forward, size, mesh), placed[mesh]
+    return CompiledProgram(executables, forward.preprocess.size)
+
+
+@lru_cache(maxsize=64)
+def _compile(forward: Forward, batch_size: int, mesh: Mesh) -> Any:
+    """The executable for one batch size; the same again for all weights of a form."""
+    weights: dict[str, Any] = {"backbone": abstract_variables(forward.architecture)}
+    if forward.num_classes is not None:
+        num_features = ARCHITECTURES[forward.architecture].num_features
+        weights["head"] = {
+            "kernel": jax.ShapeDtypeStruct((num_features, forward.num_classes), np.float32),
+            "bias": jax.ShapeDtypeStruct((forward.num_classes,), np.float32),
+        }
+    size = forward.preprocess.size
+    images = jax.ShapeDtypeStruct((batch_size, size, size, 3), np.uint8)
+    program = jax.jit(
+        forward,
+        in_shardings=(replicated(mesh), batch_sharding(mesh)),
+        out_shardings=batch_sharding(mesh),
+    )
+    return program.lower(weights, images).compile()
 
 
 def make_scorer(
@@ -86,12 +98,7 @@ def make_scorer(
         UsageError: no batch size or one below 1; from the result: images of another dtype or shape, or a
             batch size that was not compiled.
     """
-    forward = make_forward(classifier, compute_dtype(precision))
-
-    def scores_of(weights: Any, images: jax.Array) -> jax.Array:
-        return forward(weights, images)[0]
-
-    program = compile_program(scores_of, classifier.weights, classifier.preprocess.size, batch_sizes)
+    program = compile_program(_forward(classifier, precision), classifier.weights, batch_sizes)
     return lambda images: np.asarray(program(images))
 
 
@@ -122,13 +129,11 @@ def predict(
         UsageError: no images, or labels of classes that the classifier does not have.
     """
     dataset = _as_dataset(images).with_classes(classifier.classes)
-    forward = make_forward(classifier, compute_dtype(precision))
     scores, errors = _run(
-        lambda weights, batch: forward(weights, batch)[0],
+        _forward(classifier, precision),
         classifier.weights,
         len(classifier.classes),
         dataset,
-        classifier.preprocess,
         batch_size=batch_size,
         num_workers=num_workers,
         progress="scoring" if progress else None,
@@ -164,17 +169,13 @@ def extract_features(
     Raises:
         ImageError: an image that cannot be read; `jaxcls.scan` finds them all.
     """
-    if isinstance(backbone, Classifier):
-        backbone = backbone.backbone
+    backbone = as_backbone(backbone)
     dataset = _as_dataset(images)
-    apply = make_apply(backbone.architecture, dtype=compute_dtype(precision))
-    preprocess = backbone.preprocess
     values, errors = _run(
-        lambda variables, batch: apply(variables, preprocess.normalize(batch), train=False)[0],
-        backbone.variables,
+        Forward(backbone.architecture, backbone.preprocess, _dtype_name(precision)),
+        {"backbone": backbone.variables},
         backbone.num_features,
         dataset,
-        preprocess,
         batch_size=batch_size,
         num_workers=num_workers,
         progress="features" if progress else None,
@@ -198,10 +199,10 @@ def check_parity(classifier: Classifier, path: str | Path, precision: Precision 
     Raises:
         ClassifierError: it exceeds the tolerance for this precision.
     """
-    images, expected = load_parity(path)
+    images, expected, tolerances = load_parity(path)
     scores = make_scorer(classifier, batch_sizes=(len(images),), precision=precision)(images)
     difference = float(np.abs(scores - expected).max() / np.abs(expected).max())
-    tolerance = PARITY_TOLERANCE[np.dtype(compute_dtype(precision)).name]
+    tolerance = tolerances[_dtype_name(precision)]
     if not difference <= tolerance:
         raise ClassifierError(
             f"{path}: scores differ from the saved ones by {difference:.1e}, allowed {tolerance}"
@@ -210,30 +211,49 @@ def check_parity(classifier: Classifier, path: str | Path, precision: Precision 
 
 
 def _run(
-    function: Callable[[Any, jax.Array], jax.Array],
+    forward: Forward,
     weights: Any,
     width: int,
     dataset: Dataset,
-    preprocess: Any,
     *,
     batch_size: int | None,
     num_workers: int,
     progress: str | None,
 ) -> tuple[np.ndarray, dict[int, str]]:
-    """float32 [N, width] rows of `function` for a dataset, and the messages of unreadable images."""
+    """float32 [N, width] rows of `forward` for a dataset, and the messages of unreadable images."""
     if batch_size is None:
         batch_size = next((size for size in BATCH_SIZES if size >= len(dataset)), BATCH_SIZES[-1])
-    program = compile_program(function, weights, preprocess.size, (batch_size,))
+    program = compile_program(forward, weights, (batch_size,))
     rows = np.full((len(dataset), width), np.nan, np.float32)
     errors: dict[int, str] = {}
-    batches = evaluation_batches(dataset, preprocess, batch_size=batch_size, num_workers=num_workers)
+
+    def collect(batch: Batch, values: jax.Array) -> None:
+        mask = np.asarray(
+            [index >= 0 and not e for index, e in zip(batch.indices, batch.errors, strict=True)]
+        )
+        rows[batch.indices[mask]] = np.asarray(values)[mask]
+        errors.update({int(i): e for i, e in zip(batch.indices, batch.errors, strict=True) if e})
+
+    batches = evaluation_batches(dataset, forward.preprocess, batch_size=batch_size, num_workers=num_workers)
     with closing(on_devices(batches, batch_sharding(make_mesh(batch_size)))) as stream:  # type: ignore[type-var]
         total = steps_per_epoch(len(dataset), batch_size)
+        in_flight = None
         for batch in show_progress(stream, progress, total) if progress else stream:
-            mask = np.asarray(batch.mask)
-            rows[batch.indices[mask]] = np.asarray(program(batch.images))[mask]
-            errors |= {int(i): e for i, e in zip(batch.indices, batch.errors, strict=True) if e}
+            started = batch, program(batch.images)
+            if in_flight is not None:
+                collect(*in_flight)
+            in_flight = started
+        if in_flight is not None:
+            collect(*in_flight)
     return rows, errors
+
+
+def _forward(classifier: Classifier, precision: Precision) -> Forward:
+    return classifier.forward(_dtype_name(precision))
+
+
+def _dtype_name(precision: Precision) -> str:
+    return np.dtype(compute_dtype(precision)).name
 
 
 def _as_dataset(images: Items) -> Dataset:
@@ -246,7 +266,3 @@ def _as_dataset(images: Items) -> Dataset:
 def _below(scores: np.ndarray, thresholds: np.ndarray) -> np.ndarray:
     best = np.nan_to_num(scores, nan=-np.inf).argmax(axis=1)
     return scores[np.arange(len(scores)), best] < thresholds[best]
-
-
-def _form(images: Any) -> str:
-    return f"{images.dtype} {list(images.shape)}"

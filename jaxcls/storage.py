@@ -1,5 +1,6 @@
 """Where jaxcls keeps files: outputs, lasting data, and temporary data."""
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -48,3 +49,9 @@ def make_private_folder(path: Path) -> Path:
     path.mkdir(parents=True, exist_ok=True, mode=0o700)
     path.chmod(0o700)
     return path
+
+
+def file_sha256(path: Path) -> str:
+    """The sha256 of a file's content, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -74,7 +74,7 @@ def test_a_new_process_scores_bitwise_alike(classifier, saved, tmp_path):
 
 def test_a_folder_holds_three_files_and_no_pickle(saved):
     assert sorted(path.name for path in saved.iterdir()) == sorted(FILES)
-    images, scores = load_parity(saved)  # reads with allow_pickle=False
+    images, scores, _ = load_parity(saved)  # reads with allow_pickle=False
     assert (images.shape, images.dtype) == ((2, 32, 32, 3), np.uint8)
     assert (scores.shape, scores.dtype) == ((2, 3), np.float32)
     assert all(array.dtype == np.float32 for array in load_file(saved / "weights.safetensors").values())

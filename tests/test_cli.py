@@ -119,7 +119,7 @@ def test_predict_gives_a_bad_file_among_good_ones_a_row_and_exit_code_1(svm, fol
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 1 + 12 + 1
     assert sum("error" in line for line in lines) == 2
-    assert "not an image" in next(line for line in lines if "3.png" in line and "red" in line)
+    assert "not an image" in next(line for line in lines if "red/3.png" in line)
     assert "No such file" in next(line for line in lines if "missing.png" in line)
 
 
@@ -149,7 +149,7 @@ def test_text_file_renamed(capsys, folder, weights, tmp_path):
     (folder / "red" / "notes.jpg").write_text("not a photo")
     arguments = ["svm", str(folder), "--weights", weights, *SMALL, "--out", str(tmp_path / "s")]
     fails(capsys, 1, arguments, "1 of ", "notes.jpg: not an image", "--skip-bad")
-    assert main([*arguments, "--skip-bad", "--train-size", "0.5"]) in (0, 1)
+    assert main([*arguments, "--skip-bad", "--train-size", "0.5"]) == 0
 
 
 def test_weights_of_another_depth(capsys, folder, weights):
@@ -179,10 +179,7 @@ def test_unknown_flag_or_command(arguments, capsys):
 
 
 def test_impossible_value(capsys, folder):
-    with pytest.raises(SystemExit) as exit_:
-        main(["train", str(folder), "--batch-size", "0"])
-    assert exit_.value.code == 2
-    assert "batch_size must be at least 1" in capsys.readouterr().err
+    fails(capsys, 2, ["train", str(folder), "--batch-size", "0"], "batch_size must be at least 1")
 
 
 def test_unknown_network(capsys, folder):

@@ -54,6 +54,9 @@ MODULES = {
 }
 
 
+MODULE_PATHS = {part for name in MODULES for part in name.split(".")}
+
+
 def imports(tree: ast.AST) -> set[str]:
     """Full names of everything imported, inside functions too: a from-import gives module and module.name."""
     names = set()
@@ -75,6 +78,36 @@ def test_imports_point_upwards(name):
     below = set(ORDER[ORDER.index(name) :])
     imported = {n.removeprefix("jaxcls.") for n in imports(MODULES[name]) if n.startswith("jaxcls.")}
     assert not imported & below
+
+
+@pytest.mark.parametrize("name", [name for name in ORDER if name != "cli"])
+def test_the_package_as_a_whole_is_imported_by_the_command_line_alone(name):
+    whole = {"jaxcls", *(f"jaxcls.{public}" for public in dir(jaxcls) if f"{public}" not in MODULE_PATHS)}
+    assert not imports(MODULES[name]) & whole
+
+
+def test_stages_are_counted_alike():
+    from jaxcls.models import resnet
+    from jaxcls.train import config
+
+    assert config.NUM_STAGES == resnet.NUM_STAGES
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "errors",
+        "parallel",
+        "pipeline",
+        "data.images",
+        "augment.host",
+        "models.port",
+        "train.reporters",
+        "svm.fit",
+    ],
+)
+def test_modules_are_reached_through_the_package(path):
+    run(f"import jaxcls; assert jaxcls.{path}.__name__ == 'jaxcls.{path}'")
 
 
 @pytest.mark.parametrize("name", ORDER)

@@ -1,1 +1,6 @@
 """Photos and their labels, from disk to a `Dataset`. Nothing here imports JAX."""
+
+from etils import epy
+
+with epy.lazy_api_imports(globals()):
+    from jaxcls.data import dataset, folder, images, splitting

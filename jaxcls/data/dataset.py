@@ -1,7 +1,7 @@
 """`Dataset`: photos reached by position, with their labels. Every operation returns a new one."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -115,11 +115,12 @@ class Dataset:
         name: for messages and reports.
         classes: the K class names; a label is an index into them.
         labels: int32 [N], -1 where unlabelled.
-        ids: string [N], unique: POSIX paths relative to the root, or record keys.
+        ids: string [N]: POSIX paths relative to the root, or record keys; unique in a dataset that was read.
         source: the photos themselves.
         groups: int32 [N] or None. Photos of one group (duplicates, copies and their original) are
             never split apart.
         notes: what the reader left out, for `summary`.
+        max_pixels: height times width above which a photo is refused as unreadable.
     """
 
     name: str
@@ -129,6 +130,7 @@ class Dataset:
     source: Source
     groups: np.ndarray | None = None
     notes: tuple[str, ...] = ()
+    max_pixels: int = images.MAX_PIXELS
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "labels", np.asarray(self.labels, np.int32))
@@ -159,9 +161,8 @@ class Dataset:
         """
         item = self.source[index]
         if isinstance(item, bytes):
-            return images.decode(
-                item, name=str(self.source.path(index) or self.ids[index]), short_side=short_side
-            )
+            name = str(self.source.path(index) or self.ids[index])
+            return images.decode(item, name=name, short_side=short_side, max_pixels=self.max_pixels)
         if item.dtype != np.uint8 or item.ndim != 3 or item.shape[2] != 3 or not item.size:
             raise ImageError(
                 self.ids[index],
@@ -271,6 +272,7 @@ class Dataset:
             ids=np.concatenate(ids),
             source=JoinedSource(self.source, other.source),
             groups=_merge_groups(self, other),
+            max_pixels=max(self.max_pixels, other.max_pixels),
         )
 
     def group_by_folder(self) -> "Dataset":
@@ -343,13 +345,14 @@ class Dataset:
         return self.select(np.flatnonzero(~in_test)), self.select(np.flatnonzero(in_test))
 
 
-def from_items(items: Sequence[str | Path | Item], classes: tuple[str, ...] = ()) -> Dataset:
+def from_items(items: Sequence[str | Path | Item]) -> Dataset:
     """An unlabelled dataset of paths, encoded bytes or uint8 [H, W, 3] arrays, in the given order.
 
-    The id of a path is the path itself; of anything else, its position.
+    The id of a path is the path itself, odd bytes of a name that is not UTF-8 escaped; of anything
+    else, its position.
 
     Raises:
-        UsageError: anything else, or a path that is not UTF-8.
+        UsageError: anything else.
     """
     if isinstance(items, str | Path | bytes | np.ndarray):
         raise UsageError("images come as a list: put a single one in brackets")
@@ -358,16 +361,36 @@ def from_items(items: Sequence[str | Path | Item], classes: tuple[str, ...] = ()
     for position, item in enumerate(items):
         if not isinstance(item, str | Path | bytes | np.ndarray):
             raise UsageError(f"item {position} is a {type(item).__name__}, not a path, bytes or uint8 array")
-        ids.append(Path(item).as_posix() if isinstance(item, str | Path) else str(position))
+        ids.append(_printable(item) if isinstance(item, str | Path) else str(position))
     labels = np.full(len(items), UNLABELLED, np.int32)
-    try:
-        return Dataset("images", classes, labels, np.asarray(ids, ID_DTYPE), MemorySource(items))
-    except UnicodeEncodeError as error:
-        raise UsageError(f"{error.object!a}: the name is not UTF-8: rename the file") from error
+    return Dataset("images", (), labels, np.asarray(ids, ID_DTYPE), MemorySource(items))
+
+
+def class_weights(
+    rule: str | Mapping[str, float] | None, classes: Sequence[str], counts: np.ndarray
+) -> np.ndarray | None:
+    """float32 [K] weights of the loss, or None.
+
+    Args:
+        rule: None; "balanced": N / (K n_k), as scikit-learn; or class name -> weight (others 1).
+        classes: K names.
+        counts: int [K], n_k.
+    """
+    if rule is None:
+        return None
+    if rule == "balanced":
+        return (counts.sum() / (len(counts) * counts)).astype(np.float32)
+    if isinstance(rule, str):
+        raise UsageError(f"class_weight {rule!r}: use None, 'balanced' or a weight by class name")
+    if unknown := sorted(set(rule) - set(classes)):
+        raise UsageError(f"class_weight names unknown classes: {', '.join(unknown)}")
+    if min(rule.values(), default=0.0) < 0:
+        raise UsageError("class_weight: no weight may be below 0")
+    return np.asarray([rule.get(name, 1.0) for name in classes], np.float32)
 
 
 def scan(dataset: Dataset, *, max_bad_fraction: float = 0.0) -> Dataset:
-    """Decode every photo once and return the dataset without those that cannot be.
+    """Decode every photo once, at the smallest scale, and return the dataset without those that cannot be.
 
     Args:
         dataset: what to look through, on all cores, with a progress bar.
@@ -379,7 +402,7 @@ def scan(dataset: Dataset, *, max_bad_fraction: float = 0.0) -> Dataset:
 
     def problem(index: int) -> str | None:
         try:
-            dataset.image(index)
+            dataset.image(index, short_side=1)
         except ImageError as error:
             return str(error)
         return None
@@ -399,6 +422,10 @@ def scan(dataset: Dataset, *, max_bad_fraction: float = 0.0) -> Dataset:
     kept = dataset.select([i for i, message in enumerate(problems) if message is None])
     notes = (f"{len(bad)} undecodable images left out:", *(f"  {message}" for message in bad))
     return replace(kept, notes=(*dataset.notes, *notes))
+
+
+def _printable(path: str | Path) -> str:
+    return Path(path).as_posix().encode(errors="backslashreplace").decode()
 
 
 def _merge_groups(first: Dataset, second: Dataset) -> np.ndarray | None:

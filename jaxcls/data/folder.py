@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 
 from jaxcls.data.dataset import ID_DTYPE, Dataset, FileSource
-from jaxcls.data.images import SUFFIXES
+from jaxcls.data.images import MAX_PIXELS, SUFFIXES
 from jaxcls.errors import DatasetError
 
 
 @dataclass
-class _Listing:
+class Listing:
     """What one walk over a tree found, as paths relative to its root."""
 
     images: list[str] = field(default_factory=list)
@@ -23,7 +23,11 @@ class _Listing:
 
 
 def read_folder(
-    path: str | Path, *, classes: Sequence[str] | None = None, name: str | None = None
+    path: str | Path,
+    *,
+    classes: Sequence[str] | None = None,
+    name: str | None = None,
+    max_pixels: int = MAX_PIXELS,
 ) -> Dataset:
     """Read a folder of photos: each sub-folder is a class, folders below it belong to it.
 
@@ -36,14 +40,19 @@ def read_folder(
         classes: the class names and their order, such as those of a trained classifier. Default: the
             folders that hold images, sorted by name.
         name: the dataset's name. Default: the folder's.
+        max_pixels: height times width above which a photo is refused as unreadable.
 
     Raises:
         DatasetError: no such folder, no images, fewer than two classes (unless `classes` is given), a
             folder that cannot be read, or a class folder that is not among `classes`.
     """
     root = Path(path)
-    if not root.is_dir():
-        reason = "is a file" if root.exists() else "does not exist"
+    try:
+        is_folder, exists = root.is_dir(), root.exists()
+    except OSError as error:
+        raise DatasetError(f"{root}: {error.strerror}: make the folder readable") from error
+    if not is_folder:
+        reason = "is a file" if exists else "does not exist"
         raise DatasetError(f"{root} {reason}: give a folder with one sub-folder of images per class")
     listing = list_images(root)
     loose = [image for image in listing.images if "/" not in image]
@@ -60,10 +69,11 @@ def read_folder(
         ids=ids,
         source=FileSource(root, ids),
         notes=_notes(root, found, listing, loose),
+        max_pixels=max_pixels,
     )
 
 
-def list_images(root: Path) -> _Listing:
+def list_images(root: Path) -> Listing:
     """Every file below `root`, links followed (a loop once), as relative POSIX paths by kind.
 
     Raises:
@@ -73,7 +83,7 @@ def list_images(root: Path) -> _Listing:
     def fail(error: OSError) -> None:
         raise DatasetError(f"{error.filename}: {error.strerror}: make the folder readable, or move it away")
 
-    listing = _Listing()
+    listing = Listing()
     visited: set[tuple[int, int]] = set()
     for folder, subfolders, files in os.walk(root, onerror=fail, followlinks=True):
         status = Path(folder).stat()
@@ -113,7 +123,7 @@ def _check_classes(root: Path, found: list[str], classes: Sequence[str] | None, 
         )
 
 
-def _notes(root: Path, found: list[str], listing: _Listing, loose: list[str]) -> tuple[str, ...]:
+def _notes(root: Path, found: list[str], listing: Listing, loose: list[str]) -> tuple[str, ...]:
     folders = sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
     rows = (
         ("class folders without images", [name for name in folders if name not in found]),

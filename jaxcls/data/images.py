@@ -50,6 +50,9 @@ SUFFIXES = frozenset({".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp",
 MAX_FILE_BYTES = 512 * 2**20
 """`read_bytes` refuses larger files: 40 megapixels of uncompressed 16-bit RGBA are 320 MB."""
 
+MAX_PIXELS = 40_000_000
+"""Height times width above which an image is refused, unless the caller says otherwise."""
+
 MAX_SIDE = 65535
 """Longest side, in pixels: JPEG's own limit."""
 
@@ -79,7 +82,7 @@ def read_bytes(path: str | Path) -> bytes:
 
 
 def decode(
-    data: bytes, *, name: str = "", short_side: int | None = None, max_pixels: int = 40_000_000
+    data: bytes, *, name: str = "", short_side: int | None = None, max_pixels: int = MAX_PIXELS
 ) -> np.ndarray:
     """Decode a JPEG, PNG, WebP, BMP, GIF or TIFF to RGB.
 
@@ -130,7 +133,9 @@ def _check_size(width: int, height: int, limit: int) -> None:
     if max(width, height) > MAX_SIDE:
         raise ImageError("", f"{width} x {height} pixels; at most {MAX_SIDE:,} along a side are decoded")
     if width * height > limit:
-        raise ImageError("", f"{width} x {height} = {width * height:,} pixels; at most {limit:,} are decoded")
+        raise ImageError(
+            "", f"{width} x {height} = {width * height:,} pixels; at most {limit:,} are decoded (max_pixels)"
+        )
 
 
 def _to_rgb(image: Image.Image) -> np.ndarray:

@@ -1,1 +1,6 @@
 """ResNets and their pretrained weights. Linen is visible only in here."""
+
+from etils import epy
+
+with epy.lazy_api_imports(globals()):
+    from jaxcls.models import port, precision, pretrained, resnet

@@ -1,6 +1,8 @@
 """The dtype that convolutions compute in. Loads JAX only when asked for it."""
 
-from typing import Any, Literal
+from typing import Any, Literal, get_args
+
+from jaxcls.errors import UsageError
 
 Precision = Literal["auto", "float32", "bfloat16"]
 
@@ -10,6 +12,8 @@ def compute_dtype(precision: Precision) -> Any:
     import jax
     import jax.numpy as jnp
 
+    if precision not in get_args(Precision):
+        raise UsageError(f"precision {precision!r}: choose one of {', '.join(get_args(Precision))}")
     if precision == "auto":
         precision = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     return {"float32": jnp.float32, "bfloat16": jnp.bfloat16}[precision]

@@ -1,7 +1,6 @@
 """Pretrained ResNets: the catalogue, and `load_pretrained` from the Hugging Face hub, its cache or a file."""
 
 import difflib
-import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -18,7 +17,7 @@ from jaxcls.errors import WeightsError
 from jaxcls.models.port import Ported, read_state_dict, to_variables
 from jaxcls.models.resnet import ARCHITECTURES
 from jaxcls.preprocess import Preprocess
-from jaxcls.storage import Storage, make_private_folder
+from jaxcls.storage import Storage, file_sha256, make_private_folder
 
 HUB_FILE = "model.safetensors"
 PINS_FILE = "pinned_weights.json"
@@ -152,7 +151,9 @@ def imagenet_classes() -> tuple[str, ...]:
     return tuple(names.split(",")[0] for names in words)
 
 
-def load_pretrained(name: str, *, weights: Path | None = None, image_size: int | None = None) -> Backbone:
+def load_pretrained(
+    name: str, *, weights: str | Path | None = None, image_size: int | None = None
+) -> Backbone:
     """Load a network of the catalogue: from the hub's cache on this machine, else from the hub.
 
     Args:
@@ -203,16 +204,17 @@ def _read(path: Path, entry: CatalogueEntry) -> Ported:
 
 def _load_from_hub(name: str, entry: CatalogueEntry) -> tuple[Ported, dict[str, str]]:
     path = _fetch(name, entry)
-    sha256 = _sha256(path)
+    sha256 = file_sha256(path)
+    pinned = None if entry.sha256 else _read_pins().get(entry.repository)
     try:
-        is_first = _check_sha256(name, entry, sha256)
+        _check_sha256(name, entry, sha256, pinned)
         ported = _read(path, entry)
     except WeightsError:
         # Otherwise the hub's client would answer with the same file for ever.
         path.resolve().unlink(missing_ok=True)
         path.unlink(missing_ok=True)
         raise
-    if is_first:
+    if not (entry.sha256 or pinned):
         _write_pins(_read_pins() | {entry.repository: sha256})
     return ported, {
         "source": f"https://huggingface.co/{entry.repository}",
@@ -239,17 +241,10 @@ def _fetch(name: str, entry: CatalogueEntry) -> Path:
         ) from error
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _check_sha256(name: str, entry: CatalogueEntry, sha256: str) -> bool:
-    """Compare with the recorded or the pinned checksum; True where there is none yet."""
-    pinned = _read_pins().get(entry.repository)
+def _check_sha256(name: str, entry: CatalogueEntry, sha256: str, pinned: str | None) -> None:
     expected = entry.sha256 or pinned
     if expected in (None, sha256):
-        return expected is None
+        return
     if entry.sha256:
         way_out = "load again, or give a file that you trust with weights=PATH"
     else:
@@ -268,10 +263,10 @@ def _read_pins() -> dict[str, str]:
     """{repository: sha256} of the unverified weights that were downloaded here."""
     path = _pins_path()
     try:
-        return json.loads(path.read_text("utf-8"))
+        return dict(json.loads(path.read_text("utf-8")))
     except FileNotFoundError:
         return {}
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         raise WeightsError(f"{path} is damaged; delete it to pin weights anew at their next load") from error
 
 

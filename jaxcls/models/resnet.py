@@ -137,7 +137,9 @@ class ResNet(nn.Module):
 
     @nn.compact
     def __call__(self, pixels: jax.Array, train: bool) -> jax.Array:
-        conv = partial(nn.Conv, use_bias=False, dtype=self.dtype)
+        # HIGHEST keeps float32 what it says where an accelerator would round its inputs to 10 bits (TF32).
+        precision = "highest" if self.dtype == jnp.float32 else None
+        conv = partial(nn.Conv, use_bias=False, dtype=self.dtype, precision=precision)
         block = BottleneckBlock if self.architecture.bottleneck else BasicBlock
 
         def norm_of(stage: int) -> Module:

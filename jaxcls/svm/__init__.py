@@ -1,1 +1,6 @@
 """Frozen features and a linear SVM become a classifier."""
+
+from etils import epy
+
+with epy.lazy_api_imports(globals()):
+    from jaxcls.svm import fit

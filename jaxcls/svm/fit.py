@@ -8,13 +8,12 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.preprocessing import normalize
 from sklearn.svm import LinearSVC
 
-from jaxcls.classifier import Classifier, Head
-from jaxcls.data.dataset import Dataset, scan
+from jaxcls.classifier import Classifier, Head, as_backbone
+from jaxcls.data.dataset import Dataset, class_weights, scan
 from jaxcls.errors import UsageError
 from jaxcls.models.precision import Precision
 from jaxcls.models.pretrained import Backbone
 from jaxcls.scoring import extract_features
-from jaxcls.train.optimizer import class_weights
 
 
 def fit_svm(
@@ -24,6 +23,7 @@ def fit_svm(
     C: float = 1.0,  # noqa: N803 - scikit-learn's name
     class_weight: str | dict[str, float] | None = "balanced",
     normalize_features: bool = False,
+    num_workers: int = 0,
     precision: Precision = "auto",
     max_bad_fraction: float = 0.0,
     progress: bool = False,
@@ -36,6 +36,7 @@ def fit_svm(
         C: inverse regularisation, above 0; small values regularise more.
         class_weight: "balanced", None, or a weight by class name (others 1).
         normalize_features: divide each feature vector by its L2 norm, here and in the classifier.
+        num_workers: processes that decode; 0: threads.
         precision: of the network's convolutions.
         max_bad_fraction: go on without undecodable photos up to this share of the dataset.
         progress: show a progress bar.
@@ -50,16 +51,20 @@ def fit_svm(
     """
     if not 0 < C < math.inf:
         raise UsageError(f"C {C}: must be above 0 and finite")
+    dataset.require_every_class()
+    class_weights(class_weight, dataset.classes, dataset.class_counts())  # a wrong name now, not later
     dataset = scan(dataset, max_bad_fraction=max_bad_fraction)
     dataset.require_every_class()
-    if isinstance(backbone, Classifier):
-        backbone = backbone.backbone
-    values, labels, _ = extract_features(backbone, dataset, precision=precision, progress=progress)
+    backbone = as_backbone(backbone)
+    values, labels, _ = extract_features(
+        backbone, dataset, num_workers=num_workers, precision=precision, progress=progress
+    )
     if normalize_features:
         values = normalize(values)
     weights = class_weights(class_weight, dataset.classes, dataset.class_counts())
     by_label = None if weights is None else dict(enumerate(weights.tolist()))
     machine = LinearSVC(C=C, class_weight=by_label, random_state=0)
+    # A fit short of convergence is a result with a warning, also where warnings are errors.
     with warnings.catch_warnings():
         warnings.simplefilter("always", ConvergenceWarning)
         machine.fit(values, labels)

@@ -71,17 +71,24 @@ class FinetuneConfig:
         rules = (
             (self.num_epochs >= 1, "num_epochs must be at least 1"),
             (
-                self.learning_rates and all(0 <= rate < math.inf for rate in self.learning_rates),
-                "learning_rates needs at least one value, each finite and not below 0",
+                isinstance(self.learning_rates, tuple | list)
+                and self.learning_rates
+                and all(0 <= rate < math.inf for rate in self.learning_rates),
+                "learning_rates is a tuple of at least one value, each finite and not below 0",
             ),
             (self.schedule in get_args(Schedule), f"schedule must be one of {get_args(Schedule)}"),
             (0 <= self.warmup_epochs < self.num_epochs, "warmup_epochs must lie in [0, num_epochs)"),
+            (
+                self.schedule == "cosine" or self.warmup_epochs == 0,
+                'warmup_epochs is for schedule="cosine"; for "per_epoch", list the rates',
+            ),
             (0 <= self.momentum < 1, "momentum must lie in [0, 1)"),
             (self.batch_size >= 1, "batch_size must be at least 1"),
             (0 <= self.dropout < 1, "dropout must lie in [0, 1)"),
             (0 <= self.l2 < math.inf, "l2 must be finite and not below 0"),
             (
-                self.freeze in ("none", "backbone", *range(NUM_STAGES + 1)),
+                not isinstance(self.freeze, bool)
+                and self.freeze in ("none", "backbone", *range(NUM_STAGES + 1)),
                 f'freeze must be "none", "backbone" or a number of stages up to {NUM_STAGES}',
             ),
             (self.batch_norm in get_args(BatchNorm), f"batch_norm must be one of {get_args(BatchNorm)}"),

@@ -12,8 +12,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxcls.classifier import Classifier, Head
-from jaxcls.data.dataset import UNLABELLED, Dataset, scan
+from jaxcls.classifier import Classifier, Head, as_backbone
+from jaxcls.data.dataset import UNLABELLED, Dataset, class_weights, scan
 from jaxcls.errors import DatasetError, TrainingError, UsageError
 from jaxcls.models.precision import compute_dtype
 from jaxcls.models.pretrained import Backbone
@@ -21,7 +21,7 @@ from jaxcls.models.resnet import make_apply
 from jaxcls.parallel import batch_sharding, make_mesh, replicated
 from jaxcls.pipeline import Batch, evaluation_batches, on_devices, steps_per_epoch, training_batches
 from jaxcls.train.config import FinetuneConfig
-from jaxcls.train.optimizer import class_weights, make_optimizer, make_schedule
+from jaxcls.train.optimizer import make_optimizer, make_schedule
 from jaxcls.train.reporters import (
     ConsoleReporter,
     MetricsReporter,
@@ -55,7 +55,7 @@ class FinetuneResult:
 
 def finetune(
     dataset: Dataset,
-    backbone: Backbone,
+    backbone: Backbone | Classifier,
     config: FinetuneConfig | None = None,
     *,
     eval_dataset: Dataset | None = None,
@@ -66,11 +66,12 @@ def finetune(
 
     Args:
         dataset: the training photos; each is decoded once before training, to find bad ones.
-        backbone: where to start; unchanged.
+        backbone: where to start, unchanged; of a classifier, its backbone.
         config: default: AMLPCV's recipe.
         eval_dataset: evaluated after every epoch; never trained on.
         run_dir: an empty or new folder for `config.json`, `metrics.jsonl`, TensorBoard events,
-            `accuracy.png` and `classifier/`. Ctrl-C leaves all of them as of the last whole epoch.
+            `accuracy.png` and `classifier/`. Ctrl-C leaves all of them as of the last whole epoch;
+            without a folder it leaves nothing.
         reporters: listeners besides those of `run_dir`. Default: the console.
 
     Raises:
@@ -78,7 +79,9 @@ def finetune(
         UsageError: a configuration that cannot work, or a `run_dir` that holds something.
         TrainingError: the loss is no longer finite; the message names step and photos.
     """
-    run = _Run(dataset, backbone, config or FinetuneConfig(), eval_dataset, _empty_folder(run_dir))
+    run = _Run(
+        dataset, as_backbone(backbone), config or FinetuneConfig(), eval_dataset, _empty_folder(run_dir)
+    )
     return run.train(reporters)
 
 
@@ -170,8 +173,6 @@ class _Run:
 
     def _train_epoch(self, epoch: int, stream: Iterator[Batch], reporter: Reporter) -> None:
         started = time.perf_counter()
-        # Through str: the shortest decimal that is this float32, 0.05 and not 0.05000000074505806.
-        rate = float(str(np.float32(self.schedule(epoch * self.steps_per_epoch - 1))))
         total = _Totals()
         pending: list[tuple[np.ndarray, Sums]] = []
         for step in range(1, self.steps_per_epoch + 1):
@@ -183,22 +184,28 @@ class _Run:
                 recent = self._fetch(pending, (epoch - 1) * self.steps_per_epoch + step)
                 total += recent
                 reporter.steps(
-                    len(pending), {"loss": recent.mean_loss, "error": 1 - recent.accuracy, "rate": rate}
+                    len(pending),
+                    {"loss": recent.mean_loss, "error": 1 - recent.accuracy, "rate": self._rate(epoch, step)},
                 )
                 pending.clear()
         seconds = time.perf_counter() - started
         row = {
             "epoch": epoch,
             "step": epoch * self.steps_per_epoch,
-            "learning_rate": rate,
+            "learning_rate": self._rate(epoch, self.steps_per_epoch),
             "train_loss": total.mean_loss,
             "train_accuracy": total.accuracy,
             "images_per_second": total.num_seen / seconds,
             **self._evaluate(),
         }
-        self.history.append(row)
         self.kept = jax.device_get((self.state.best_params, self.state.batch_stats))
+        self.history.append(row)
         reporter.epoch(row)
+
+    def _rate(self, epoch: int, step: int) -> float:
+        rate = self.schedule((epoch - 1) * self.steps_per_epoch + step - 1)
+        # Through str: the shortest decimal that is this float32, 0.05 and not 0.05000000074505806.
+        return float(str(np.float32(rate)))
 
     def _fetch(self, pending: list[tuple[np.ndarray, Sums]], last_step: int) -> "_Totals":
         """The sums of some steps, from the device; the first loss that is not finite ends the run."""
@@ -211,12 +218,12 @@ class _Run:
                     f"the loss is {sums.loss} at step {step}: lower the learning rates, "
                     f"or look at the batch: {ids}"
                 )
-        return _Totals(*(sum(values).item() for values in zip(*fetched, strict=True)))
+        return _total(fetched)
 
     def _evaluate(self) -> dict[str, Any]:
         if self.eval_dataset is None:
             return {}
-        total = _Totals()
+        fetched = []
         batches = evaluation_batches(
             self.eval_dataset,
             self.backbone.preprocess,
@@ -226,10 +233,9 @@ class _Run:
         with closing(on_devices(batches, batch_sharding(self.mesh))) as stream:  # type: ignore[type-var]
             for batch in stream:
                 _require_readable(batch)
-                sums = self.eval_step(
-                    self.state.best_params, self.state.batch_stats, batch.images, batch.labels, batch.mask
-                )
-                total += _Totals(*(value.item() for value in sums))
+                params, batch_stats = self.state.best_params, self.state.batch_stats
+                fetched.append(self.eval_step(params, batch_stats, batch.images, batch.labels, batch.mask))
+        total = _total(fetched)
         if not np.isfinite(total.loss):
             raise TrainingError(
                 f"the evaluation loss is {total.loss} after step {int(self.state.step)}: "
@@ -329,6 +335,10 @@ class _Totals:
 def _require_readable(batch: Batch) -> None:
     if message := next(filter(None, batch.errors), None):
         raise DatasetError(f"a photo became unreadable during training: {message}")
+
+
+def _total(sums: Sequence[Sums]) -> _Totals:
+    return _Totals(*(sum(values).item() for values in zip(*jax.device_get(sums), strict=True)))
 
 
 def _run_reporters(run_dir: Path | None) -> list[Reporter]:

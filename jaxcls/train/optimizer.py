@@ -5,7 +5,6 @@ from functools import partial
 from typing import Any
 
 import jax
-import numpy as np
 import optax
 
 from jaxcls.errors import UsageError
@@ -105,26 +104,3 @@ def trainable_mask(params: Mapping[str, Any], *, num_frozen_stages: int, freeze_
 def decayed_mask(params: Any) -> Any:
     """Kernels decay; biases and batch norm's scale and shift (all of rank 1) do not."""
     return jax.tree.map(lambda value: value.ndim > 1, params)
-
-
-def class_weights(
-    rule: str | Mapping[str, float] | None, classes: Sequence[str], counts: np.ndarray
-) -> np.ndarray | None:
-    """float32 [K] weights of the loss, or None.
-
-    Args:
-        rule: None; "balanced": N / (K n_k), as scikit-learn; or class name -> weight (others 1).
-        classes: K names.
-        counts: int [K], n_k.
-    """
-    if rule is None:
-        return None
-    if rule == "balanced":
-        return (counts.sum() / (len(counts) * counts)).astype(np.float32)
-    if isinstance(rule, str):
-        raise UsageError(f"class_weight {rule!r}: use None, 'balanced' or a weight by class name")
-    if unknown := sorted(set(rule) - set(classes)):
-        raise UsageError(f"class_weight names unknown classes: {', '.join(unknown)}")
-    if min(rule.values(), default=0.0) < 0:
-        raise UsageError("class_weight: no weight may be below 0")
-    return np.asarray([rule.get(name, 1.0) for name in classes], np.float32)

@@ -72,13 +72,13 @@ class ConsoleReporter(Reporter):
             disable=not self._console.is_terminal,
         )
         self._task = self._bar.add_task("training", total=num_epochs * steps_per_epoch, state="")
-        self._bar.start()
         self._since = time.perf_counter()
 
     def message(self, text: str) -> None:
         self._console.print(text, markup=False)
 
     def steps(self, num_steps: int, row: Row) -> None:
+        self._bar.start()
         now = time.perf_counter()
         speed = num_steps * self._batch_size / (now - self._since)
         self._since = now

@@ -6,11 +6,11 @@ import numpy as np
 import optax
 import pytest
 
+from jaxcls.data.dataset import class_weights
 from jaxcls.errors import UsageError
 from jaxcls.models.resnet import init_variables
 from jaxcls.train.config import FinetuneConfig
 from jaxcls.train.optimizer import (
-    class_weights,
     cosine_schedule,
     decayed_mask,
     make_optimizer,

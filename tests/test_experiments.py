@@ -54,6 +54,8 @@ def test_notebook_on_the_digits(tmp_path, weights):
     )
     NotebookClient(notebook, timeout=900).execute()
     assert (tmp_path / "out" / "photos.jaxcls" / "weights.safetensors").is_file()
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
+    assert sum("image/png" in output.get("data", ()) for output in outputs) == 2
     history = (tmp_path / "out" / "run" / "metrics.jsonl").read_text().splitlines()
     # From random weights, on 198 digits: better than the 10 % of guessing is what there is to learn.
     assert json.loads(history[-1])["eval_accuracy"] > 0.5

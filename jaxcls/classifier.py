@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
+from safetensors.numpy import save as serialize
 
 from jaxcls.errors import ClassifierError, UsageError
 from jaxcls.models.pretrained import Backbone, load_pretrained
@@ -131,14 +132,14 @@ class Classifier:
                 new.mkdir()
                 self._write(new)
                 _put_in_place(new, path, old)
-        except (OSError, SafetensorError) as error:
+        except OSError as error:
             raise ClassifierError(f"cannot save to {path}: {error}") from error
         return path
 
     def _write(self, folder: Path) -> None:
         # Contiguous: safetensors writes memory as it lies, whatever the strides.
         arrays = {name: np.ascontiguousarray(value, np.float32) for name, value in _flatten(self.weights)}
-        save_file(arrays, folder / WEIGHTS)
+        (folder / WEIGHTS).write_bytes(serialize(arrays))
         images = _parity_images(self.preprocess.size)
         scores = jax.jit(self.forward("float32"))(self.weights, images)
         np.savez(folder / PARITY, images=images, scores=np.asarray(scores))
@@ -335,7 +336,10 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
     except OSError as error:
-        raise ClassifierError(f"{path} is no saved classifier: it holds no readable {MANIFEST}") from error
+        within = [folder for folder in path.glob("*") if (folder / MANIFEST).is_file()]
+        hint = f"; did you mean {within[0]}?" if within else ""
+        what = f"holds no readable {MANIFEST}" if path.exists() else "does not exist"
+        raise ClassifierError(f"{path} is no saved classifier: it {what}{hint}") from error
     except (ValueError, RecursionError) as error:
         raise ClassifierError(f"{path / MANIFEST} is damaged: {error}") from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -49,7 +50,12 @@ class PhotoCommand(Command):
     ) -> jaxcls.Dataset:
         """The photos of a folder, without undecodable ones if these are to be skipped."""
         photos = jaxcls.read_folder(path, classes=classes, max_pixels=self.max_pixels)
-        return jaxcls.scan(photos, max_bad_fraction=1.0) if skip_bad else photos
+        if not skip_bad:
+            return photos
+        good = jaxcls.scan(photos, max_bad_fraction=1.0)
+        for note in good.notes[len(photos.notes) :]:
+            print(note, file=sys.stderr)
+        return good
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +72,8 @@ class BackboneOptions:
     def load(self) -> jaxcls.Backbone:
         """The backbone these options name."""
         if _is_classifier(Path(self.backbone)):
+            if self.weights is not None:
+                raise UsageError("--weights does not go with --backbone CLASSIFIER, which has its own")
             backbone = jaxcls.load(self.backbone).backbone
             return backbone if self.image_size is None else backbone.with_image_size(self.image_size)
         return jaxcls.load_pretrained(self.backbone, weights=self.weights, image_size=self.image_size)
@@ -76,9 +84,9 @@ class SplitOptions:
     """Which photos are held out for testing."""
 
     test_data: Path | None = None
-    """A folder of test photos. Without it, a stratified part of DATA is held out."""
+    """A folder of test photos. Without it, a stratified part of the photos is held out."""
     train_size: float = 0.66
-    """Share of DATA to train on; 1: all of it, without a test."""
+    """Share of the photos to train on; 1: all of them, without a test; above 1: their number."""
     split_seed: int = 0
     """Another seed, another held-out part."""
 
@@ -99,9 +107,10 @@ class TrainingCommand(PhotoCommand):
         photos = self.read(self.data, skip_bad=self.skip_bad)
         if self.split.test_data is not None:
             return photos, self.read(self.split.test_data, photos.classes, skip_bad=self.skip_bad)
-        if self.split.train_size == 1:
+        size = self.split.train_size
+        if size == 1:
             return photos, None
-        return photos.split(self.split.train_size, seed=self.split.split_seed)
+        return photos.split(int(size) if size > 1 else size, seed=self.split.split_seed)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,9 +207,11 @@ class Evaluate(PhotoCommand):
     ids: Path | None = None
     """Only the photos whose ids this file lists, one a line, such as a run's `test_ids.txt`."""
     out: Path | None = None
-    """A folder for predictions.csv and confusion.png."""
+    """A new folder for predictions.csv and confusion.png."""
 
     def run(self) -> int:
+        if self.out is not None and self.out.exists():
+            raise UsageError(f"{self.out} exists: give a new folder")
         classifier = jaxcls.load(self.model)
         dataset = self.read(self.data, classifier.classes)
         if self.ids is not None:
@@ -216,24 +227,26 @@ class Predict(PhotoCommand):
     """A saved classifier."""
     paths: Positional[tuple[Path, ...]]
     """Images, and folders of images."""
-    format: Literal["table", "csv", "jsonl"] = "table"
-    """How to write the rows."""
+    format: Literal["table", "csv", "jsonl"] | None = None
+    """How to write the rows; default: by the suffix of --out, else a table."""
     out: Path | None = None
-    """Write to this file (csv or jsonl) instead of the terminal."""
+    """Write to this .csv or .jsonl file instead of the terminal."""
     precision: Precision = "auto"
     """Of the convolutions."""
 
     def run(self) -> int:
-        if self.out is not None and self.format == "table":
-            raise UsageError("--out needs --format csv or --format jsonl")
+        form = self.format or ("table" if self.out is None else self.out.suffix.removeprefix("."))
+        if self.out is not None and form not in ("csv", "jsonl"):
+            raise UsageError("--out needs a name that ends in .csv or .jsonl, or --format csv or jsonl")
+        files = _expand(self.paths)
         from jaxcls.data.dataset import from_items
 
-        photos = replace(from_items(_expand(self.paths)), max_pixels=self.max_pixels)
+        photos = replace(from_items(files), max_pixels=self.max_pixels)
         predictions = jaxcls.predict(jaxcls.load(self.model), photos, precision=self.precision, progress=True)
-        if self.format == "table":
+        if form == "table":
             _print_table(predictions)
         else:
-            write = {"csv": predictions.write_csv, "jsonl": predictions.write_jsonl}[self.format]
+            write = {"csv": predictions.write_csv, "jsonl": predictions.write_jsonl}[form]
             with _open(self.out) as file:
                 write(file)
         return FAILED if predictions.errors else DONE
@@ -256,6 +269,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         use_compilation_cache(Storage.default().persistent / "compiled")
         return command.run()
+    except BrokenPipeError:
+        # The reader, such as `head`, has gone. Point the stream elsewhere, or its flush at exit fails too.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
     except (JaxclsError, OSError) as error:
         if "--debug" in arguments:
             raise
@@ -268,7 +285,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _report(classifier: jaxcls.Classifier, dataset: jaxcls.Dataset, out: Path | None = None) -> int:
-    """Print the evaluation; write predictions, plot and the ids evaluated on into `out`."""
+    """Print the evaluation; write predictions and plot into `out`."""
     plots = jaxcls.evaluation.plots
     predictions = jaxcls.predict(classifier, dataset, progress=True)
     evaluation = jaxcls.evaluate(predictions)
@@ -279,9 +296,8 @@ def _report(classifier: jaxcls.Classifier, dataset: jaxcls.Dataset, out: Path | 
         out.mkdir(parents=True, exist_ok=True)
         with _open(out / "predictions.csv") as file:
             predictions.write_csv(file)
-        (out / "test_ids.txt").write_text("".join(f"{i}\n" for i in dataset.ids), encoding="utf-8")
         plots.save(plots.plot_confusion_matrix(evaluation), out / "confusion.png")
-        print(f"predictions, test_ids.txt and confusion.png: {out}")
+        print(f"predictions.csv and confusion.png: {out}")
     return FAILED if predictions.errors else DONE
 
 

@@ -73,6 +73,9 @@ class Predictions:
             within = bool(((readable >= 0) & (readable <= 1 + rounding)).all())
             _require(within, 'kind is "probability", yet scores leave [0, 1]: logits or margins?')
 
+    def __repr__(self) -> str:
+        return f"Predictions({len(self)} images, {len(self.classes)} classes, {self.kind})"
+
     def __len__(self) -> int:
         return len(self.ids)
 

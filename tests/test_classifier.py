@@ -211,7 +211,7 @@ def test_a_failed_save_leaves_what_was_there(classifier, copy, monkeypatch, erro
         path.write_bytes(b"half")
         raise error
 
-    monkeypatch.setattr(jaxcls.classifier, "save_file", fail)
+    monkeypatch.setattr(jaxcls.classifier, "serialize", fail)
     for path in (copy, copy.parent / "new"):
         with pytest.raises(ClassifierError, match=r"cannot save to .*No space left"):
             classifier.save(path)

@@ -5,6 +5,7 @@ import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -103,7 +104,7 @@ def test_train_leaves_a_run_that_evaluates_alike(folder, weights, tmp_path, caps
 
 def test_predict_writes_csv_and_jsonl(svm, folder, tmp_path, capsys):
     table = tmp_path / "rows.csv"
-    assert main(["predict", svm, str(folder), "--format", "csv", "--out", str(table)]) == 0
+    assert main(["predict", svm, str(folder), "--out", str(table)]) == 0
     with table.open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["predicted"] for row in rows] == ["blue"] * 6 + ["red"] * 6
@@ -192,7 +193,19 @@ def test_not_a_classifier(capsys, folder):
 
 def test_table_into_a_file(capsys, svm, folder, tmp_path):
     arguments = ["predict", svm, str(folder), "--out", str(tmp_path / "x.txt")]
-    fails(capsys, 2, arguments, "--format csv")
+    fails(capsys, 2, arguments, "ends in .csv or .jsonl")
+
+
+def test_weights_beside_a_classifier(capsys, svm, folder, weights):
+    fails(capsys, 2, ["svm", str(folder), "--backbone", svm, "--weights", weights], "--weights does not go")
+
+
+def test_a_run_folder_where_its_classifier_is_meant(capsys, svm, folder):
+    fails(capsys, 1, ["predict", str(Path(svm).parent), str(folder)], f"did you mean {svm}?")
+
+
+def test_evaluate_writes_into_a_new_folder_only(capsys, svm, folder):
+    fails(capsys, 2, ["evaluate", svm, str(folder), "--out", str(folder)], "give a new folder")
 
 
 def test_run_folder_in_use(capsys, folder, weights, tmp_path):

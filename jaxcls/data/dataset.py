@@ -383,7 +383,9 @@ def class_weights(
     if isinstance(rule, str):
         raise UsageError(f"class_weight {rule!r}: use None, 'balanced' or a weight by class name")
     if unknown := sorted(set(rule) - set(classes)):
-        raise UsageError(f"class_weight names unknown classes: {', '.join(unknown)}")
+        raise UsageError(
+            f"class_weight names unknown classes: {', '.join(unknown)}; known are {', '.join(classes)}"
+        )
     if min(rule.values(), default=0.0) < 0:
         raise UsageError("class_weight: no weight may be below 0")
     return np.asarray([rule.get(name, 1.0) for name in classes], np.float32)

@@ -43,6 +43,9 @@ class Backbone:
     pretrained_classes: tuple[str, ...] | None
     provenance: Mapping[str, str]
 
+    def __repr__(self) -> str:
+        return f"Backbone({self.provenance.get('name', self.architecture)}, {self.preprocess.size} px)"
+
     @property
     def num_features(self) -> int:
         """D, the width of the pooled features: 512 or 2048."""
@@ -172,7 +175,8 @@ def load_pretrained(
     if weights is None:
         ported, source = _load_from_hub(name, entry)
     else:
-        ported, source = _read(Path(weights), entry), {"source": Path(weights).name}
+        ported = _read(Path(weights), entry)
+        source = {"source": Path(weights).name, "sha256": file_sha256(Path(weights))}
     knows_classes = ported.head is not None and len(ported.head[1]) == len(imagenet_classes())
     return Backbone(
         architecture=entry.architecture,
@@ -237,7 +241,8 @@ def _fetch(name: str, entry: CatalogueEntry) -> Path:
         reason = " ".join(str(error.__cause__ or error).split())
         raise WeightsError(
             f"the weights of {name} could not be fetched from {constants.ENDPOINT}/"
-            f"{entry.repository} ({reason}); check the connection, or give a file with weights=PATH"
+            f"{entry.repository} ({reason}); check the connection, "
+            "or give a file with weights=PATH (--weights PATH)"
         ) from error
 
 

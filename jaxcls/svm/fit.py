@@ -64,10 +64,18 @@ def fit_svm(
     weights = class_weights(class_weight, dataset.classes, dataset.class_counts())
     by_label = None if weights is None else dict(enumerate(weights.tolist()))
     machine = LinearSVC(C=C, class_weight=by_label, random_state=0)
-    # A fit short of convergence is a result with a warning, also where warnings are errors.
     with warnings.catch_warnings():
-        warnings.simplefilter("always", ConvergenceWarning)
+        warnings.simplefilter("ignore", ConvergenceWarning)
         machine.fit(values, labels)
+        # A fit short of convergence is a result all the same, also where warnings are errors.
+        warnings.simplefilter("always", ConvergenceWarning)
+        if machine.n_iter_ >= machine.max_iter:
+            warnings.warn(
+                f"the SVM had not converged after {machine.max_iter} iterations: it can be used as it is; "
+                "a smaller C or normalized features converge sooner",
+                ConvergenceWarning,
+                stacklevel=2,
+            )
     provenance = {
         "method": "svm",
         "solver": "scikit-learn LinearSVC",

@@ -91,6 +91,10 @@ class FinetuneConfig:
                 and self.freeze in ("none", "backbone", *range(NUM_STAGES + 1)),
                 f'freeze must be "none", "backbone" or a number of stages up to {NUM_STAGES}',
             ),
+            (
+                self.class_weight in (None, "balanced") or isinstance(self.class_weight, dict),
+                "class_weight must be None, 'balanced' or a weight by class name",
+            ),
             (self.batch_norm in get_args(BatchNorm), f"batch_norm must be one of {get_args(BatchNorm)}"),
             (0 <= self.label_smoothing < 1, "label_smoothing must lie in [0, 1)"),
             (self.precision in get_args(Precision), f"precision must be one of {get_args(Precision)}"),

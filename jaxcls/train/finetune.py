@@ -1,10 +1,14 @@
 """`finetune`: a dataset and a backbone become a classifier. The only loop over training steps."""
 
 import json
+import signal
+import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -68,10 +72,11 @@ def finetune(
         dataset: the training photos; each is decoded once before training, to find bad ones.
         backbone: where to start, unchanged; of a classifier, its backbone.
         config: default: AMLPCV's recipe.
-        eval_dataset: evaluated after every epoch; never trained on.
-        run_dir: an empty or new folder for `config.json`, `metrics.jsonl`, TensorBoard events,
-            `accuracy.png` and `classifier/`. Ctrl-C leaves all of them as of the last whole epoch;
-            without a folder it leaves nothing.
+        eval_dataset: evaluated after every epoch; never trained on. The last epoch is kept, not the best:
+            choosing by this set would leave none to measure with.
+        run_dir: an empty or new folder for `config.json`, `test_ids.txt` (of `eval_dataset`),
+            `metrics.jsonl`, TensorBoard events, `accuracy.png` and `classifier/`. Ctrl-C leaves all of them
+            as of the last whole epoch; without a folder it leaves nothing.
         reporters: listeners besides those of `run_dir`. Default: the console.
 
     Raises:
@@ -123,7 +128,7 @@ class _Run:
             reporter = Reporters([*_run_reporters(self.run_dir), *reporters])
             stack.callback(reporter.close)
             # Also on Ctrl-C and on errors: what the last whole epoch made is kept.
-            stack.callback(self._save)
+            stack.push(partial(self._save, reporter))
             self._write_config()
             reporter.message(self._describe())
             with closing(self._stream()) as stream:  # type: ignore[type-var]
@@ -268,9 +273,16 @@ class _Run:
         }
         return Classifier(backbone, Head(**params["head"]), self.dataset.classes, provenance)
 
-    def _save(self) -> None:
-        if self.run_dir is not None and self.kept is not None:
-            self._classifier().save(self.run_dir / CLASSIFIER_FOLDER)
+    def _save(self, reporter: Reporter, kind: type[BaseException] | None, *_: object) -> None:
+        if self.run_dir is None or self.kept is None:
+            return
+        path = self.run_dir / CLASSIFIER_FOLDER
+        if kind is not None:
+            reporter.message(
+                f"Stopped: keeping epoch {len(self.history)} of {self.config.num_epochs} in {path}"
+            )
+        with _no_interrupts():
+            self._classifier().save(path)
 
     def _write_config(self) -> None:
         if self.run_dir is None:
@@ -278,6 +290,7 @@ class _Run:
         datasets = {"train": self.dataset, "eval": self.eval_dataset}
         description = {
             "config": asdict(self.config),
+            "versions": {name: version(name) for name in ("jaxcls", "jax", "flax", "optax", "grain")},
             "backbone": {"architecture": self.backbone.architecture, **self.backbone.provenance},
             "preprocess": self.backbone.preprocess.to_json(),
             "datasets": {
@@ -288,6 +301,9 @@ class _Run:
         }
         text = json.dumps(description, indent=2, ensure_ascii=False)
         (self.run_dir / "config.json").write_text(text + "\n", encoding="utf-8")
+        if self.eval_dataset is not None:
+            ids = "".join(f"{i}\n" for i in self.eval_dataset.ids)
+            (self.run_dir / "test_ids.txt").write_text(ids, encoding="utf-8")
 
     def _describe(self) -> str:
         config = self.config
@@ -335,6 +351,19 @@ class _Totals:
 def _require_readable(batch: Batch) -> None:
     if message := next(filter(None, batch.errors), None):
         raise DatasetError(f"a photo became unreadable during training: {message}")
+
+
+@contextmanager
+def _no_interrupts() -> Iterator[None]:
+    """Hold off Ctrl-C; only the main thread gets it, and may."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _total(sums: Sequence[Sums]) -> _Totals:

@@ -1,6 +1,7 @@
 """Compiled scoring: shapes that are refused, inputs of every kind, and what must not change a score."""
 
-from dataclasses import replace
+from dataclasses from pathlib import Path
+import replace
 
 import jax
 import numpy as np
@@ -148,8 +149,8 @@ def test_every_kind_of_input_scores_alike(classifier, photos, predictions, kind)
     }[kind]
     found = predict(classifier, items)
     assert_close(found.scores, predictions.scores[:3])
-    by_path = kind in ("paths", "texts")
-    assert found.ids == (tuple(map(str, paths)) if by_path else ("0", "1", "2"))
+    is_path = [isinstance(item, str | Path) for item in items]
+    assert found.ids == tuple(str(paths[i]) if is_path[i] else str(i) for i in range(3))
 
 
 def test_no_images_is_an_error(classifier):

@@ -87,7 +87,8 @@ def test_a_file_needs_no_network(tmp_path, variables, content):
     assert backbone.num_features == 512
     assert backbone.preprocess == Preprocess(320, 0.95, "bicubic")
     assert backbone.pretrained_classes == imagenet_classes()
-    assert backbone.provenance == {"name": "resnet18.a1", "source": "mine.safetensors"}
+    sha256 = hashlib.sha256(content).hexdigest()
+    assert backbone.provenance == {"name": "resnet18.a1", "source": "mine.safetensors", "sha256": sha256}
     jax.tree.map(np.testing.assert_array_equal, backbone.variables, variables)
     kernel, bias = backbone.pretrained_head
     assert kernel.shape == (512, 1000)

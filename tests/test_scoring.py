@@ -1,7 +1,7 @@
 """Compiled scoring: shapes that are refused, inputs of every kind, and what must not change a score."""
 
-from dataclasses from pathlib import Path
-import replace
+from dataclasses import replace
+from pathlib import Path
 
 import jax
 import numpy as np

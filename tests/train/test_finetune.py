@@ -154,7 +154,11 @@ def test_the_run_folder(run, photos):
     names = {path.name for path in result.run_dir.iterdir()}
     events = {name for name in names if name.startswith("events.out.tfevents")}
     assert len(events) == 1
-    assert names - events == {"config.json", "metrics.jsonl", "accuracy.png", "classifier"}
+    expected = {"config.json", "test_ids.txt", "metrics.jsonl", "accuracy.png", "classifier"}
+    assert names - events == expected
+    ids = (result.run_dir / "test_ids.txt").read_text(encoding="utf-8").split("\n")[:-1]
+    assert set(ids) <= set(photos.ids)
+    assert len(ids) == result.history[0]["eval_num_seen"]
     rows = [json.loads(line) for line in (result.run_dir / "metrics.jsonl").read_text().splitlines()]
     assert rows == result.history
     written = json.loads((result.run_dir / "config.json").read_text())
@@ -389,13 +393,14 @@ def test_a_folder_that_holds_something_is_refused_and_left_alone(photos, backbon
         finetune(photos, backbone, CONFIG, run_dir=tmp_path / "notes.txt")
 
 
-@pytest.mark.parametrize(
-    "config",
-    [replace(CONFIG, class_weight="equal"), replace(CONFIG, class_weight={"green": 2.0})],
-)
-def test_class_weights_of_unknown_classes_are_refused(photos, backbone, config):
-    with pytest.raises(UsageError, match="class_weight"):
-        finetune(photos, backbone, config, reporters=[])
+def test_class_weights_of_unknown_classes_are_refused(photos, backbone):
+    with pytest.raises(UsageError, match="class_weight names unknown classes: green; known are blue, red"):
+        finetune(photos, backbone, replace(CONFIG, class_weight={"green": 2.0}), reporters=[])
+
+
+def test_an_unknown_rule_of_class_weights_is_refused():
+    with pytest.raises(UsageError, match="class_weight must be"):
+        replace(CONFIG, class_weight="equal")
 
 
 def test_the_console_is_the_default_reporter(photos, backbone, run, capfd):

@@ -18,7 +18,7 @@ def test_digits_are_written_as_scikit_learn_has_them(tmp_path):
     photos = jaxcls.read_folder(tmp_path)
     assert photos.classes == tuple("0123456789")
     np.testing.assert_array_equal(photos.class_counts(), np.bincount(digits.target))
-    pixels = np.asarray(Image.open(tmp_path / str(digits.target[5]) / "0005.png"))
+    pixels = np.asarray(Image.open(tmp_path / str(digits.target[5]) / "0005.png"), np.float32)
     np.testing.assert_allclose(pixels * 16 / 255, digits.images[5], atol=16 / 255 / 2)
 
 

@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
-from typing import Literal, TextIO
+from typing import Annotated, Literal, TextIO
 
 import tyro
 from tyro.conf import OmitArgPrefixes, Positional
@@ -95,7 +95,7 @@ class SplitOptions:
 class TrainingCommand(PhotoCommand):
     """What both ways of training take."""
 
-    data: Positional[Path]
+    data: Annotated[Positional[Path], tyro.conf.arg(metavar="PHOTOS")]
     """The folder of photos."""
     start: OmitArgPrefixes[BackboneOptions] = field(default_factory=BackboneOptions)
     split: OmitArgPrefixes[SplitOptions] = field(default_factory=SplitOptions)
@@ -200,9 +200,9 @@ class Svm(TrainingCommand):
 class Evaluate(PhotoCommand):
     """Measure a saved classifier on a folder of labelled photos."""
 
-    model: Positional[Path]
+    model: Annotated[Positional[Path], tyro.conf.arg(metavar="CLASSIFIER")]
     """A saved classifier."""
-    data: Positional[Path]
+    data: Annotated[Positional[Path], tyro.conf.arg(metavar="PHOTOS")]
     """The folder of photos, one sub-folder per class."""
     ids: Path | None = None
     """Only the photos whose ids this file lists, one a line, such as a run's `test_ids.txt`."""
@@ -223,7 +223,7 @@ class Evaluate(PhotoCommand):
 class Predict(PhotoCommand):
     """Score images: a row for each. An unreadable image gets a row with its error, and exit code 1."""
 
-    model: Positional[Path]
+    model: Annotated[Positional[Path], tyro.conf.arg(metavar="CLASSIFIER")]
     """A saved classifier."""
     paths: Positional[tuple[Path, ...]]
     """Images, and folders of images."""
@@ -238,10 +238,9 @@ class Predict(PhotoCommand):
         form = self.format or ("table" if self.out is None else self.out.suffix.removeprefix("."))
         if self.out is not None and form not in ("csv", "jsonl"):
             raise UsageError("--out needs a name that ends in .csv or .jsonl, or --format csv or jsonl")
-        files = _expand(self.paths)
         from jaxcls.data.dataset import from_items
 
-        photos = replace(from_items(files), max_pixels=self.max_pixels)
+        photos = replace(from_items(_expand(self.paths)), max_pixels=self.max_pixels)
         predictions = jaxcls.predict(jaxcls.load(self.model), photos, precision=self.precision, progress=True)
         if form == "table":
             _print_table(predictions)

@@ -26,6 +26,8 @@ class ImageError(JaxclsError):
     """
 
     def __init__(self, name: str, reason: str) -> None:
+        # The odd bytes of a name that is not UTF-8 are escaped: the message must fit into any table.
+        name = name.encode(errors="backslashreplace").decode()
         super().__init__(f"{name}: {reason}" if name else reason)
         self.name = name
         self.reason = reason

@@ -30,8 +30,8 @@ class FinetuneConfig:
         freeze: "none"; "backbone" (only the head learns); or a number of stages, 1 to 4, that keep
             their weights and statistics, the stem with them.
         batch_norm: "train", or "frozen": the stored statistics are used and never updated. Frozen,
-            scale and shift stay too and the gradient's norm is clipped at 1: without, the default
-            rates can diverge.
+            scale and shift stay too and the gradient's norm is clipped at 1: without both, the default
+            rates diverge.
         class_weight: None, "balanced" (N / (K n_k)), or a weight by class name.
         label_smoothing: in [0, 1).
         flip: mirror left and right at random.

@@ -102,6 +102,9 @@ class _Run:
         run_dir: Path | None,
     ) -> None:
         self.config, self.backbone, self.run_dir = config, backbone, run_dir
+        # What can be refused before the scan is: it reads every photo.
+        dataset.require_every_class()
+        class_weights(config.class_weight, dataset.classes, dataset.class_counts())
         self.dataset = scan(dataset, max_bad_fraction=config.max_bad_fraction)
         self.dataset.require_every_class()
         self.eval_dataset = None

@@ -7,8 +7,9 @@ fine-tunes the network, evaluates both, plots, saves, loads again and scores one
 
 On AMLPCV's 63 tableware photos, with ResNet-18 at 224 px on 2 CPU cores, expect the SVM in
 seconds at 0.984 of the test images (n=20 splits, standard deviation 0.022) and the fine-tuned
-network at 0.991 (n=5, standard deviation 0.020) in about ten minutes (11 to 18, beside other work). The test set has 22 images:
-one more or less is 0.045. `accuracy.py` made these figures; they lie in `results/`.
+network at 0.991 (n=5, standard deviation 0.020); it took 11 to 18 minutes beside other work.
+The test set has 22 images: one more or less is 0.045. `accuracy.py` made these figures; they
+lie in `results/`.
 """
 
 from dataclasses import dataclass

@@ -18,10 +18,10 @@ from jaxcls.scoring import predict
 from jaxcls.svm.fit import fit_svm
 from jaxcls.train.finetune import FinetuneConfig, finetune
 
-IMAGE_SIZE = 24
+IMAGE_SIZE = 20
 # From scratch, so without dropout; a mirrored digit is another sign, so without flips.
 CONFIG = FinetuneConfig(
-    num_epochs=3, learning_rates=(0.2,), schedule="cosine", warmup_epochs=0.5, dropout=0.0, flip=False
+    num_epochs=4, learning_rates=(0.2,), schedule="cosine", warmup_epochs=0.5, dropout=0.0, flip=False
 )
 
 NEXT = """

@@ -28,7 +28,6 @@ FORMAT = "jaxcls-classifier"
 FORMAT_VERSION = 1
 MANIFEST, WEIGHTS, PARITY = "classifier.json", "weights.safetensors", "parity.npz"
 
-
 # Largest difference from the stored scores, relative to their largest magnitude.
 PARITY_TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2}
 NUM_PARITY_IMAGES = 2

@@ -10,10 +10,10 @@ JAX is imported only where arrays meet devices: Grain's workers import this modu
 
 import os
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import grain
 import numpy as np
@@ -49,6 +49,13 @@ class Batch(NamedTuple):
     indices: np.ndarray
     sizes: np.ndarray
     errors: tuple[str, ...]
+
+
+class Batches(Iterator[Batch], Protocol):
+    """Batches one after another, from threads or processes that `close` ends."""
+
+    def close(self) -> None:
+        """Stop whatever prepares the next batches."""
 
 
 class _Example(NamedTuple):
@@ -118,7 +125,7 @@ def training_batches(
     seed: int,
     first_step: int = 0,
     num_workers: int = 0,
-) -> Iterator[Batch]:
+) -> Batches:
     """Full, shuffled, augmented batches without end. Close it (`contextlib.closing`).
 
     Args:
@@ -140,17 +147,17 @@ def training_batches(
 
 def evaluation_batches(
     dataset: Dataset, preprocess: Preprocess, *, batch_size: int, num_workers: int = 0
-) -> Iterator[Batch]:
+) -> Batches:
     """Every photo once, in order; the last batch padded and masked. Close it (`contextlib.closing`)."""
     examples = grain.MapDataset.range(len(dataset)).map_with_index(_Load(dataset, preprocess))
     return _iterate(examples.batch(batch_size, batch_fn=_Stack(batch_size)), num_workers)
 
 
-def on_devices(batches: Iterator[Batch], sharding: "Sharding") -> Iterator[Batch]:
+def on_devices(batches: Batches, sharding: "Sharding") -> Generator[Batch, None, None]:
     """The same batches with images, labels and mask on the devices, copied ahead of use. Close it too."""
     import jax
 
-    with closing(batches):  # type: ignore[type-var]
+    with closing(batches):
         ahead: deque[Batch] = deque()
         for batch in batches:
             images, labels, mask = jax.device_put((batch.images, batch.labels, batch.mask), sharding)
@@ -160,7 +167,7 @@ def on_devices(batches: Iterator[Batch], sharding: "Sharding") -> Iterator[Batch
         yield from ahead
 
 
-def _iterate(batches: grain.MapDataset, num_workers: int) -> Iterator[Batch]:
+def _iterate(batches: grain.MapDataset, num_workers: int) -> Batches:
     # A thread makes a whole batch; a worker process has one, and its own place among the cores.
     num_threads = 1 if num_workers else min(os.cpu_count() or 1, MAX_THREADS)
     num_ahead = max(num_threads, NUM_BATCHES_AHEAD)

@@ -228,14 +228,12 @@ def _run(
     errors: dict[int, str] = {}
 
     def collect(batch: Batch, values: jax.Array) -> None:
-        mask = np.asarray(
-            [index >= 0 and not e for index, e in zip(batch.indices, batch.errors, strict=True)]
-        )
+        mask = np.asarray(batch.mask)
         rows[batch.indices[mask]] = np.asarray(values)[mask]
         errors.update({int(i): e for i, e in zip(batch.indices, batch.errors, strict=True) if e})
 
     batches = evaluation_batches(dataset, forward.preprocess, batch_size=batch_size, num_workers=num_workers)
-    with closing(on_devices(batches, batch_sharding(make_mesh(batch_size)))) as stream:  # type: ignore[type-var]
+    with closing(on_devices(batches, batch_sharding(make_mesh(batch_size)))) as stream:
         total = steps_per_epoch(len(dataset), batch_size)
         in_flight = None
         for batch in show_progress(stream, progress, total) if progress else stream:

@@ -24,8 +24,8 @@ def resize_then_center_crop(image, resize, crop, resample):
     else:
         new_width, new_height = int(resize * width / height), resize
     resized = Image.fromarray(image).resize((new_width, new_height), resample)
-    top = int(round((new_height - crop) / 2.0))  # noqa: RUF046
-    left = int(round((new_width - crop) / 2.0))  # noqa: RUF046
+    top = round((new_height - crop) / 2.0)
+    left = round((new_width - crop) / 2.0)
     return np.asarray(resized.crop((left, top, left + crop, top + crop)))
 
 

@@ -112,7 +112,9 @@ class FinetuneConfig:
     @property
     def num_frozen_stages(self) -> int:
         """`freeze` as a number of stages."""
-        return {"none": 0, "backbone": NUM_STAGES}.get(self.freeze, self.freeze)  # type: ignore
+        return (
+            self.freeze if isinstance(self.freeze, int) else {"none": 0, "backbone": NUM_STAGES}[self.freeze]
+        )
 
     @property
     def augmentation(self) -> Augmentation:

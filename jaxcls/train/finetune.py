@@ -4,7 +4,7 @@ import json
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -134,7 +134,7 @@ class _Run:
             stack.push(partial(self._save, reporter))
             self._write_config()
             reporter.message(self._describe())
-            with closing(self._stream()) as stream:  # type: ignore[type-var]
+            with closing(self._stream()) as stream:
                 for epoch in range(1, self.config.num_epochs + 1):
                     self._train_epoch(epoch, stream, reporter)
         return FinetuneResult(self._classifier(), self.history, self.run_dir)
@@ -168,7 +168,7 @@ class _Run:
         )
         return jax.device_put(state, replicated(mesh)), train_step, make_eval_step(apply, preprocess, mesh)
 
-    def _stream(self) -> Iterator[Batch]:
+    def _stream(self) -> Generator[Batch, None, None]:
         batches = training_batches(
             self.dataset,
             self.backbone.preprocess,
@@ -238,7 +238,7 @@ class _Run:
             batch_size=self.config.batch_size,
             num_workers=self.config.num_workers,
         )
-        with closing(on_devices(batches, batch_sharding(self.mesh))) as stream:  # type: ignore[type-var]
+        with closing(on_devices(batches, batch_sharding(self.mesh))) as stream:
             for batch in stream:
                 _require_readable(batch)
                 params, batch_stats = self.state.best_params, self.state.batch_stats

@@ -87,11 +87,10 @@ def test_a_broken_link_is_found_by_scan(tmp_path):
 @pytest.mark.parametrize("broken", [b"a/caf\xe9.png", b"caf\xe9/1.png", b"caf\xe9.png"])
 def test_names_that_are_not_utf8_are_skipped_and_counted(tmp_path, broken):
     add(tmp_path, "a/1.png", "b/1.png")
-    path = os.path.join(os.fsencode(tmp_path), broken)  # noqa: PTH118
+    path = tmp_path / os.fsdecode(broken)
     try:
-        os.makedirs(os.path.dirname(path), exist_ok=True)  # noqa: PTH103, PTH120
-        with open(path, "wb") as file:  # noqa: PTH123
-            file.write((tmp_path / "a/1.png").read_bytes())
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes((tmp_path / "a/1.png").read_bytes())
     except (OSError, UnicodeError) as error:
         pytest.skip(f"this file system takes only UTF-8 names: {error}")
     dataset = read_folder(tmp_path)

@@ -1,7 +1,7 @@
 """Accuracy over seeds: split, train, evaluate, again and again; mean, spread and every run.
 
-    python experiments/accuracy.py svm PHOTOS --weights resnet18.safetensors --num-seeds 20
-    python experiments/accuracy.py finetune PHOTOS --weights resnet18.safetensors --num-seeds 5
+    python -m experiments.accuracy svm PHOTOS --weights resnet18.safetensors --num-seeds 20
+    python -m experiments.accuracy finetune PHOTOS --weights resnet18.safetensors --num-seeds 5
 
 A seed decides the split and, for fine-tuning, the head, the order, the views and
 dropout. The result file is written anew after every seed.
@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import tyro
-from recording import spread, write_result
 from tyro.conf import OmitArgPrefixes, Positional
 
 import jaxcls
+from experiments.recording import spread, write_result
 from jaxcls.parallel import use_compilation_cache
 
 

@@ -1,6 +1,6 @@
 """AMLPCV's four recipes for a better classifier: larger images, a deeper network, or both.
 
-    python experiments/improve_accuracy.py PHOTOS --weights-folder WEIGHTS --out results.json
+    python -m experiments.improve_accuracy PHOTOS --weights-folder WEIGHTS --out results.json
 
 Fine-tunes with each recipe on the same split and prints accuracy and time relative to
 the first. AMLPCV reported, on photos of its own: 82.6 % (1x), 90.2 % (2-5x), 87.5 %
@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import tyro
-from recording import write_result
 from tyro.conf import Positional
 
 import jaxcls
+from experiments.recording import write_result
 
 
 class Recipe(NamedTuple):

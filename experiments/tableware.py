@@ -1,6 +1,6 @@
 """AMLPCV's walk-through on its own photos: from a folder to a saved, scoring classifier.
 
-    python experiments/tableware.py PHOTOS --weights resnet18.safetensors --out runs/tableware
+    python -m experiments.tableware PHOTOS --weights resnet18.safetensors --out runs/tableware
 
 Reads the photos, splits them (63 into 41 and 22), trains an SVM on frozen features and
 fine-tunes the network, evaluates both, plots, saves, loads again and scores one photo.

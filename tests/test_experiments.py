@@ -28,9 +28,9 @@ def weights(tmp_path_factory):
     return folder
 
 
-def run(script: str, *arguments: object) -> str:
-    command = [sys.executable, EXPERIMENTS / script, *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+def run(name: str, *arguments: object) -> str:
+    command = [sys.executable, "-m", f"experiments.{name}", *map(str, arguments)]
+    done = subprocess.run(command, cwd=EXPERIMENTS.parent, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -65,7 +65,7 @@ def test_notebook_on_the_digits(tmp_path, weights):
 def test_walk_through(tmp_path, weights):
     photos = write_photos(tmp_path / "photos", {"blue": 6, "red": 6})
     out = run(
-        "tableware.py", photos, "--weights", weights / "resnet18.safetensors", "--image-size", 32,
+        "tableware", photos, "--weights", weights / "resnet18.safetensors", "--image-size", 32,
         "--num-epochs", 1, "--out", tmp_path / "out",
     )  # fmt: skip
     assert "7 training images, 5 test images" in out
@@ -78,13 +78,13 @@ def test_walk_through(tmp_path, weights):
 def test_recipes_and_accuracy_over_seeds(tmp_path, weights):
     photos = write_photos(tmp_path / "photos", {"blue": 6, "red": 6})
     out = run(
-        "improve_accuracy.py", photos, "--weights-folder", weights, "--recipes", 0, "--num-epochs", 1,
+        "improve_accuracy", photos, "--weights-folder", weights, "--recipes", 0, "--num-epochs", 1,
         "--out", tmp_path / "recipes.json",
     )  # fmt: skip
     assert "224 px  resnet18" in out
     assert json.loads((tmp_path / "recipes.json").read_text())["rows"][0]["num_test"] == 5
     run(
-        "accuracy.py", "svm", photos, "--weights", weights / "resnet18.safetensors", "--num-seeds", 2,
+        "accuracy", "svm", photos, "--weights", weights / "resnet18.safetensors", "--num-seeds", 2,
         "--out", tmp_path / "svm.json",
     )  # fmt: skip
     result = json.loads((tmp_path / "svm.json").read_text())

@@ -5,106 +5,18 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
+from PIL import Image
 
 from jaxcls.data import images
+from jaxcls.data.source import Item, JoinedSource, MemorySource, SelectedSource, Source
 from jaxcls.data.splitting import by_class, choose_training, shuffled_units
 from jaxcls.errors import DatasetError, ImageError, UsageError
 from jaxcls.progress import show_progress
 
 UNLABELLED = -1
 ID_DTYPE = np.dtypes.StringDType()
-
-Item = bytes | np.ndarray
-
-
-class Source(Protocol):
-    """Random access to photos: encoded bytes, or decoded uint8 [H, W, 3]."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> Item: ...
-
-    def path(self, index: int) -> Path | None:
-        """The file behind a photo, where there is one."""
-        ...
-
-
-@dataclass(frozen=True, eq=False)
-class FileSource:
-    """Files below `root`; read anew at each access."""
-
-    root: Path
-    names: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def __getitem__(self, index: int) -> bytes:
-        return images.read_bytes(self.path(index))
-
-    def path(self, index: int) -> Path:
-        return self.root / self.names[index]
-
-
-@dataclass(frozen=True, eq=False)
-class MemorySource:
-    """A list of photos in memory, or of paths, read at each access."""
-
-    items: Sequence[str | Path | Item]
-
-    def __len__(self) -> int:
-        return len(self.items)
-
-    def __getitem__(self, index: int) -> Item:
-        item = self.items[index]
-        return images.read_bytes(item) if isinstance(item, str | Path) else item
-
-    def path(self, index: int) -> Path | None:
-        item = self.items[index]
-        return Path(item) if isinstance(item, str | Path) else None
-
-
-@dataclass(frozen=True, eq=False)
-class SelectedSource:
-    """Some of another source's photos, in the order of `indices`."""
-
-    source: Source
-    indices: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, index: int) -> Item:
-        return self.source[int(self.indices[index])]
-
-    def path(self, index: int) -> Path | None:
-        return self.source.path(int(self.indices[index]))
-
-
-@dataclass(frozen=True, eq=False)
-class JoinedSource:
-    """One source after another."""
-
-    first: Source
-    second: Source
-
-    def __len__(self) -> int:
-        return len(self.first) + len(self.second)
-
-    def __getitem__(self, index: int) -> Item:
-        source, local = self._locate(index)
-        return source[local]
-
-    def path(self, index: int) -> Path | None:
-        source, local = self._locate(index)
-        return source.path(local)
-
-    def _locate(self, index: int) -> tuple[Source, int]:
-        local = index - len(self.first)
-        return (self.first, index) if local < 0 else (self.second, local)
 
 
 @dataclass(frozen=True, eq=False)
@@ -159,20 +71,54 @@ class Dataset:
         Raises:
             ImageError: it cannot be read.
         """
+        return np.array(self.photo(index).decode(short_side))
+
+    def photo(self, index: int) -> images.Photo:
+        """Photo `index`, its pixels not decoded yet.
+
+        Raises:
+            ImageError: it cannot be read; also from its `decode`.
+        """
         item = self.source[index]
         if isinstance(item, bytes):
             name = str(self.source.path(index) or self.ids[index])
-            return images.decode(item, name=name, short_side=short_side, max_pixels=self.max_pixels)
+            return images.open_photo(item, name=name, max_pixels=self.max_pixels)
         if item.dtype != np.uint8 or item.ndim != 3 or item.shape[2] != 3 or not item.size:
             raise ImageError(
                 self.ids[index],
                 f"an image array must be uint8 [H, W, 3], not {item.dtype} {list(item.shape)}",
             )
-        return item
+        return images.Photo(item.shape[:2], lambda short_side: Image.fromarray(item))
 
     def class_counts(self) -> np.ndarray:
         """int64 [K]: the number of photos of each class."""
         return np.bincount(self.labels[self.labels != UNLABELLED], minlength=len(self.classes))
+
+    def class_weights(self, rule: str | Mapping[str, float] | None) -> np.ndarray | None:
+        """float32 [K] weights of the loss, or None.
+
+        Args:
+            rule: None; "balanced": N / (K n_k), as scikit-learn, where n_k photos are of class k; or
+                class name -> weight (others 1).
+
+        Raises:
+            UsageError: another rule, an unknown class, or a weight below 0.
+        """
+        if rule is None:
+            return None
+        if rule == "balanced":
+            counts = self.class_counts()
+            return (counts.sum() / (len(counts) * counts)).astype(np.float32)
+        if isinstance(rule, str):
+            raise UsageError(f"class_weight {rule!r}: use None, 'balanced' or a weight by class name")
+        if unknown := sorted(set(rule) - set(self.classes)):
+            raise UsageError(
+                f"class_weight names unknown classes: {', '.join(unknown)}; "
+                f"known are {', '.join(self.classes)}"
+            )
+        if min(rule.values(), default=0.0) < 0:
+            raise UsageError("class_weight: no weight may be below 0")
+        return np.asarray([rule.get(name, 1.0) for name in self.classes], np.float32)
 
     def select(self, indices: Sequence[int] | np.ndarray) -> "Dataset":
         """The photos at `indices` (integers), in that order."""
@@ -216,9 +162,7 @@ class Dataset:
             raise UsageError(f"dataset {self.name} has no class {', '.join(unknown)}")
         renamed = [new_classes.get(name, name) for name in self.classes]
         classes = tuple(dict.fromkeys(renamed))
-        # One more entry, so that -1 (unlabelled) maps to itself.
-        table = np.asarray([*(classes.index(name) for name in renamed), UNLABELLED], np.int32)
-        return replace(self, classes=classes, labels=table[self.labels])
+        return replace(self, classes=classes, labels=_translate(self.labels, renamed, classes))
 
     def with_classes(self, classes: Sequence[str]) -> "Dataset":
         """The same photos, labelled by position in `classes`, such as a classifier's.
@@ -232,9 +176,8 @@ class Dataset:
                 f"dataset {self.name} has photos of {', '.join(unknown)}; known are {', '.join(classes)}: "
                 "relabel them, or filter them out"
             )
-        position = {name: label for label, name in enumerate(classes)}
-        table = np.asarray([*(position.get(name, UNLABELLED) for name in self.classes), UNLABELLED], np.int32)
-        return replace(self, classes=tuple(classes), labels=table[self.labels])
+        labels = _translate(self.labels, self.classes, classes)
+        return replace(self, classes=tuple(classes), labels=labels)
 
     def require_every_class(self) -> None:
         """Check that a classifier can learn from this.
@@ -259,7 +202,6 @@ class Dataset:
         Ids that clash are prefixed with their dataset's name.
         """
         classes = tuple(dict.fromkeys((*self.classes, *other.classes)))
-        table = np.asarray([*(classes.index(name) for name in other.classes), UNLABELLED], np.int32)
         ids = [self.ids, other.ids]
         if np.intersect1d(self.ids, other.ids).size:
             if self.name == other.name:
@@ -268,7 +210,7 @@ class Dataset:
         return Dataset(
             name=self.name,
             classes=classes,
-            labels=np.concatenate([self.labels, table[other.labels]]),
+            labels=np.concatenate([self.labels, _translate(other.labels, other.classes, classes)]),
             ids=np.concatenate(ids),
             source=JoinedSource(self.source, other.source),
             groups=_merge_groups(self, other),
@@ -366,31 +308,6 @@ def from_items(items: Sequence[str | Path | Item]) -> Dataset:
     return Dataset("images", (), labels, np.asarray(ids, ID_DTYPE), MemorySource(items))
 
 
-def class_weights(
-    rule: str | Mapping[str, float] | None, classes: Sequence[str], counts: np.ndarray
-) -> np.ndarray | None:
-    """float32 [K] weights of the loss, or None.
-
-    Args:
-        rule: None; "balanced": N / (K n_k), as scikit-learn; or class name -> weight (others 1).
-        classes: K names.
-        counts: int [K], n_k.
-    """
-    if rule is None:
-        return None
-    if rule == "balanced":
-        return (counts.sum() / (len(counts) * counts)).astype(np.float32)
-    if isinstance(rule, str):
-        raise UsageError(f"class_weight {rule!r}: use None, 'balanced' or a weight by class name")
-    if unknown := sorted(set(rule) - set(classes)):
-        raise UsageError(
-            f"class_weight names unknown classes: {', '.join(unknown)}; known are {', '.join(classes)}"
-        )
-    if min(rule.values(), default=0.0) < 0:
-        raise UsageError("class_weight: no weight may be below 0")
-    return np.asarray([rule.get(name, 1.0) for name in classes], np.float32)
-
-
 def scan(dataset: Dataset, *, max_bad_fraction: float = 0.0) -> Dataset:
     """Decode every photo once, at the smallest scale, and return the dataset without those that cannot be.
 
@@ -411,6 +328,20 @@ def scan(dataset: Dataset, *, max_bad_fraction: float = 0.0) -> Dataset:
 
     with ThreadPoolExecutor() as pool:
         problems = list(show_progress(pool.map(problem, range(len(dataset))), "scanning", len(dataset)))
+    return leave_out(dataset, problems, max_bad_fraction=max_bad_fraction)
+
+
+def leave_out(dataset: Dataset, problems: Sequence[str | None], *, max_bad_fraction: float) -> Dataset:
+    """The dataset without the photos that have a problem.
+
+    Args:
+        dataset: N photos.
+        problems: N messages, None for sound photos.
+        max_bad_fraction: fail when more than this share has one.
+
+    Raises:
+        DatasetError: too many bad photos; the message lists the first of them.
+    """
     bad = [message for message in problems if message is not None]
     if len(bad) > max_bad_fraction * len(dataset):
         shown = "\n  ".join(bad[:10])
@@ -428,6 +359,14 @@ def scan(dataset: Dataset, *, max_bad_fraction: float = 0.0) -> Dataset:
 
 def _printable(path: str | Path) -> str:
     return Path(path).as_posix().encode(errors="backslashreplace").decode()
+
+
+def _translate(labels: np.ndarray, names: Sequence[str], classes: Sequence[str]) -> np.ndarray:
+    """Labels that index `names` as labels that index `classes`; -1 for a name that is not among them."""
+    position = {name: label for label, name in enumerate(classes)}
+    # One more entry, so that -1 (unlabelled) maps to itself.
+    table = np.asarray([*(position.get(name, UNLABELLED) for name in names), UNLABELLED], np.int32)
+    return table[labels]
 
 
 def _merge_groups(first: Dataset, second: Dataset) -> np.ndarray | None:

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxcls.data.dataset import ID_DTYPE, Dataset, FileSource
+from jaxcls.data.dataset import ID_DTYPE, Dataset
 from jaxcls.data.images import MAX_PIXELS, SUFFIXES
+from jaxcls.data.source import FileSource
 from jaxcls.errors import DatasetError
 
 

@@ -27,6 +27,7 @@ import stat
 import struct
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -81,25 +82,32 @@ def read_bytes(path: str | Path) -> bytes:
         raise ImageError(name, f"cannot be read: {error}") from error
 
 
-def decode(
-    data: bytes, *, name: str = "", short_side: int | None = None, max_pixels: int = MAX_PIXELS
-) -> np.ndarray:
-    """Decode a JPEG, PNG, WebP, BMP, GIF or TIFF to RGB.
+@dataclass(frozen=True)
+class Photo:
+    """A photo before its pixels are decoded.
+
+    Attributes:
+        size: height and width, upright, at full scale.
+        decode: `decode(short_side)`, to be called once: the pixels as RGB, upright, scaled as by the function
+            `decode`.
+    """
+
+    size: tuple[int, int]
+    decode: Callable[[int | None], Image.Image]
+
+
+def open_photo(data: bytes, *, name: str = "", max_pixels: int = MAX_PIXELS) -> Photo:
+    """Look at a JPEG, PNG, WebP, BMP, GIF or TIFF; its size may decide how many of its pixels are needed.
 
     Args:
         data: the encoded image; its content decides the format.
         name: path or record key, for the error.
-        short_side: pixels that the caller will resize the short side to. A JPEG is then decoded at 1/8, 1/4
-            or 1/2, the smallest that leaves the short side at twice `short_side` or more, so that the
-            resize still averages over enough pixels. Other formats, and smaller pictures, come in full.
         max_pixels: height times width above which an image is refused, before any pixel is decoded.
             `PIL.Image.MAX_IMAGE_PIXELS` is respected too.
 
-    Returns:
-        uint8 [H, W, 3], C-contiguous and writable.
-
     Raises:
-        ImageError: for anything that is not a complete, sound image within the limits.
+        ImageError: for anything that is not a sound image within the limits; where that shows only as the
+            pixels are decoded, from `Photo.decode`.
     """
     if not data:
         raise ImageError(name, "the file is empty")
@@ -107,26 +115,56 @@ def decode(
     if format_ is None:
         raise ImageError(name, f"not an image in a known format ({', '.join(FORMATS)})")
     limit = min(max_pixels, Image.MAX_IMAGE_PIXELS or max_pixels)
+    with _image_errors(name, format_):
+        image = format_.plugin(BytesIO(format_.prepare(data, limit)))
+        _check_size(*image.size, limit)
+        if format_.name != "JPEG":  # others come in full, and may say how they are turned at their end
+            image.load()
+        exif = data if format_.name == "TIFF" else image.info.get("exif", b"")
+        turn = _TURNS.get(_orientation(exif))
+        width, height = image.size
+
+    def decode(short_side: int | None) -> Image.Image:
+        with _image_errors(name, format_), image:
+            # A lossless JPEG has no quantisation table, and cannot be scaled.
+            if short_side and getattr(image, "quantization", None):
+                image.draft(None, (2 * short_side, 2 * short_side))
+            image.load()
+            return _to_rgb(image if turn is None else image.transpose(turn))
+
+    return Photo((width, height) if turn in _SIDEWAYS else (height, width), decode)
+
+
+def decode(
+    data: bytes, *, name: str = "", short_side: int | None = None, max_pixels: int = MAX_PIXELS
+) -> np.ndarray:
+    """Decode a JPEG, PNG, WebP, BMP, GIF or TIFF to RGB.
+
+    Args:
+        data, name, max_pixels: as in `open_photo`.
+        short_side: pixels that the caller will resize the short side to. A JPEG is then decoded at 1/8, 1/4
+            or 1/2, the smallest that leaves the short side at twice `short_side` or more, so that the
+            resize still averages over enough pixels. Other formats, and smaller pictures, come in full.
+
+    Returns:
+        uint8 [H, W, 3], C-contiguous and writable.
+
+    Raises:
+        ImageError: for anything that is not a complete, sound image within the limits.
+    """
+    return np.array(open_photo(data, name=name, max_pixels=max_pixels).decode(short_side))
+
+
+@contextmanager
+def _image_errors(name: str, format_: "_Format") -> Iterator[None]:
     try:
-        return _decode(format_, data, short_side, limit)
+        yield
     except ImageError as error:
         raise ImageError(name, error.reason) from error.__cause__
     # On damaged files Pillow raises nearly every kind of exception.
     except Exception as error:
         reason = str(error) or type(error).__name__
         raise ImageError(name, f"damaged or unsupported {format_.name}: {reason}") from error
-
-
-def _decode(format_: "_Format", data: bytes, short_side: int | None, limit: int) -> np.ndarray:
-    with format_.plugin(BytesIO(format_.prepare(data, limit))) as image:
-        _check_size(*image.size, limit)
-        # A lossless JPEG has no quantisation table, and cannot be scaled.
-        if short_side and getattr(image, "quantization", None):
-            image.draft(None, (2 * short_side, 2 * short_side))
-        image.load()
-        exif = data if format_.name == "TIFF" else image.info.get("exif", b"")
-        turn = _TURNS.get(_orientation(exif))
-        return _to_rgb(image if turn is None else image.transpose(turn))
 
 
 def _check_size(width: int, height: int, limit: int) -> None:
@@ -138,7 +176,7 @@ def _check_size(width: int, height: int, limit: int) -> None:
         )
 
 
-def _to_rgb(image: Image.Image) -> np.ndarray:
+def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "F":
         return _grey(np.rint(255 * np.clip(np.nan_to_num(np.asarray(image)), 0, 1)))
     if image.mode.startswith("I"):
@@ -149,11 +187,12 @@ def _to_rgb(image: Image.Image) -> np.ndarray:
         picture = image.convert("RGBA")
         image = Image.new("RGB", picture.size, "white")
         image.paste(picture, mask=picture)
-    return np.array(image.convert("RGB"))
+    # Where nothing is to be converted, `convert` copies.
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def _grey(values: np.ndarray) -> np.ndarray:
-    return np.repeat(values.astype(np.uint8)[:, :, np.newaxis], 3, axis=2)
+def _grey(values: np.ndarray) -> Image.Image:
+    return Image.fromarray(values.astype(np.uint8)).convert("RGB")
 
 
 _TURNS = {
@@ -166,6 +205,12 @@ _TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 """EXIF orientation -> what sets the picture upright."""
+_SIDEWAYS = (
+    Image.Transpose.TRANSPOSE,
+    Image.Transpose.ROTATE_270,
+    Image.Transpose.TRANSVERSE,
+    Image.Transpose.ROTATE_90,
+)
 
 
 # TIFF directories. EXIF data is a small TIFF; Pillow's own reader warns about every flaw.

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jaxcls.data.dataset import ID_DTYPE, Dataset, MemorySource, from_items, scan
+from jaxcls.data.dataset import ID_DTYPE, Dataset, from_items, scan
 from jaxcls.data.folder import read_folder
+from jaxcls.data.source import MemorySource
 from jaxcls.errors import DatasetError, ImageError, UsageError
 
 UNREADABLE = b"no photo"
@@ -536,3 +537,32 @@ def test_summary_names_ids_where_there_are_no_files(kitchen):
         "    plate/2",
         "  (unlabelled): 1",
     ]
+
+
+# Weights of classes
+
+
+def test_balanced_class_weights_are_scikit_learns():
+    from sklearn.utils.class_weight import compute_class_weight
+
+    labels = np.repeat([0, 1, 2], [2, 5, 11])
+    expected = compute_class_weight("balanced", classes=np.arange(3), y=labels)
+    weights = sized(2, 5, 11).class_weights("balanced")
+    assert weights.dtype == np.float32
+    np.testing.assert_allclose(weights, expected, rtol=1e-6)
+
+
+def test_class_weights_by_name_are_1_elsewhere():
+    dataset = sized(1, 1)
+    second = dataset.classes[1]
+    np.testing.assert_array_equal(dataset.class_weights({second: 3.0}), [1.0, 3.0])
+    assert dataset.class_weights(None) is None
+
+
+@pytest.mark.parametrize("rule", ["equal", {"no such class": 1.0}, {0: -1.0}])
+def test_class_weights_that_cannot_work_are_refused(rule):
+    dataset = sized(1, 1)
+    if isinstance(rule, dict):
+        rule = {dataset.classes[name] if name == 0 else name: weight for name, weight in rule.items()}
+    with pytest.raises(UsageError, match="class_weight"):
+        dataset.class_weights(rule)

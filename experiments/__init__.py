@@ -1,0 +1,1 @@
+"""Experiments on photos: each `python -m experiments.NAME` from the repository's root."""

@@ -3,4 +3,4 @@
 from etils import epy
 
 with epy.lazy_api_imports(globals()):
-    from jaxcls.models import port, precision, pretrained, resnet
+    from jaxcls.models import architecture, convolution, fold, hub, port, precision, pretrained, resnet

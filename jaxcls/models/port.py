@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import safetensors
-from flax.traverse_util import flatten_dict, unflatten_dict
 
 from jaxcls.errors import MissingExtraError, UsageError, WeightsError
-from jaxcls.models.resnet import ARCHITECTURES, abstract_variables, find_architecture
+from jaxcls.models.architecture import ARCHITECTURES, abstract_variables, find_architecture
 
 Layout = Literal["torchvision", "timm", "transformers"]
 Head = tuple[np.ndarray, np.ndarray]
@@ -109,7 +109,8 @@ def to_variables(architecture: str, state: Mapping[str, np.ndarray]) -> Ported:
     names = {path: _torch_name(layout, path) for path in _flax_shapes(architecture, num_classes)}
     flat = {path: _from_torch(name, state[name]) for path, name in names.items()}
     head = (flat.pop(_HEAD_KERNEL), flat.pop(_HEAD_BIAS)) if num_classes is not None else None
-    return Ported(unflatten_dict(flat), head)
+    variables = jax.tree.map_with_path(lambda path, _: flat[_names(path)], abstract_variables(architecture))
+    return Ported(variables, head)
 
 
 def from_variables(
@@ -129,7 +130,7 @@ def from_variables(
     """
     if layout not in _MODULE_NAMES:
         raise UsageError(f"there is no layout {layout!r}: use one of {', '.join(_MODULE_NAMES)}")
-    flat = dict(flatten_dict(variables))
+    flat = _flatten(variables)
     if head is not None:
         flat[_HEAD_KERNEL], flat[_HEAD_BIAS] = head
     shapes = _flax_shapes(architecture, None if head is None else np.size(head[1]))
@@ -243,9 +244,17 @@ def _num_classes(layout: Layout, state: Mapping[str, np.ndarray]) -> int | None:
     return None
 
 
+def _flatten(variables: Mapping[str, Any]) -> dict[FlaxPath, Any]:
+    return {_names(path): leaf for path, leaf in jax.tree.leaves_with_path(variables)}
+
+
+def _names(path: tuple[Any, ...]) -> FlaxPath:
+    return tuple(entry.key for entry in path)
+
+
 def _flax_shapes(architecture: str, num_classes: int | None) -> dict[FlaxPath, Shape]:
     """{path: shape} of a trunk, and of its head where it has classes."""
-    shapes = {path: leaf.shape for path, leaf in flatten_dict(abstract_variables(architecture)).items()}
+    shapes = {path: leaf.shape for path, leaf in _flatten(abstract_variables(architecture)).items()}
     if num_classes is not None:
         shapes[_HEAD_KERNEL] = (find_architecture(architecture).num_features, num_classes)
         shapes[_HEAD_BIAS] = (num_classes,)

@@ -14,8 +14,8 @@ from typing import Any, Self
 import numpy as np
 
 from jaxcls.errors import WeightsError
+from jaxcls.models.architecture import ARCHITECTURES
 from jaxcls.models.port import Ported, read_state_dict, to_variables
-from jaxcls.models.resnet import ARCHITECTURES
 from jaxcls.preprocess import Preprocess
 from jaxcls.storage import Storage, file_sha256, make_private_folder
 

@@ -6,9 +6,7 @@ The head is not part of the network: logits are `features @ kernel + bias`.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from functools import cache, partial
-from types import MappingProxyType
+from functools import partial
 from typing import Any, Literal, Protocol
 
 import flax.linen as nn
@@ -19,40 +17,36 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from jaxcls.errors import UsageError
+from jaxcls.models.architecture import (
+    BATCH_NORM_EPSILON,
+    BOTTLENECK_EXPANSION,
+    NUM_STAGES,
+    STEM_FEATURES,
+    Architecture,
+    abstract_variables,
+    find_architecture,
+)
+from jaxcls.models.convolution import convolve, max_pool
 
 Module = Callable[..., Any]
-NUM_STAGES = 4
-STEM_FEATURES = 64
-BOTTLENECK_EXPANSION = 4
 
 
-@dataclass(frozen=True)
-class Architecture:
-    """The depth of a ResNet.
+class Convolution(nn.Module):
+    """A square convolution without bias; its `kernel` is float32 [size, size, C, features]."""
 
-    Args:
-        stage_sizes: number of blocks in each of the four stages.
-        bottleneck: 1x1, 3x3, 1x1 blocks with four times as many output features, instead of two 3x3.
-    """
+    features: int
+    size: int
+    stride: int = 1
+    padding: int = 0
+    dtype: DTypeLike = jnp.float32
 
-    stage_sizes: tuple[int, ...]
-    bottleneck: bool
-
-    @property
-    def num_features(self) -> int:
-        """D, the width of the pooled features: 512, or 2048 with bottlenecks."""
-        return STEM_FEATURES * 2 ** (NUM_STAGES - 1) * (BOTTLENECK_EXPANSION if self.bottleneck else 1)
-
-
-ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
-    {
-        "resnet18": Architecture((2, 2, 2, 2), bottleneck=False),
-        "resnet34": Architecture((3, 4, 6, 3), bottleneck=False),
-        "resnet50": Architecture((3, 4, 6, 3), bottleneck=True),
-        "resnet101": Architecture((3, 4, 23, 3), bottleneck=True),
-        "resnet152": Architecture((3, 8, 36, 3), bottleneck=True),
-    }
-)
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        shape = (self.size, self.size, x.shape[-1], self.features)
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), shape)
+        return convolve(
+            x.astype(self.dtype), kernel.astype(self.dtype), stride=self.stride, padding=self.padding
+        )
 
 
 class BasicBlock(nn.Module):
@@ -66,9 +60,9 @@ class BasicBlock(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         # Padding is (1, 1), never SAME: torch pads both sides where SAME with stride 2 pads (0, 1).
-        y = self.conv(self.features, (3, 3), self.stride, padding=1, name="conv1")(x)
+        y = self.conv(self.features, 3, self.stride, padding=1, name="conv1")(x)
         y = nn.relu(self.norm(name="norm1")(y))
-        y = self.conv(self.features, (3, 3), padding=1, name="conv2")(y)
+        y = self.conv(self.features, 3, padding=1, name="conv2")(y)
         y = self.norm(name="norm2")(y)
         return nn.relu(_shortcut(self, x, y.shape[-1]) + y)
 
@@ -83,11 +77,11 @@ class BottleneckBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = self.conv(self.features, (1, 1), padding=0, name="conv1")(x)
+        y = self.conv(self.features, 1, name="conv1")(x)
         y = nn.relu(self.norm(name="norm1")(y))
-        y = self.conv(self.features, (3, 3), self.stride, padding=1, name="conv2")(y)
+        y = self.conv(self.features, 3, self.stride, padding=1, name="conv2")(y)
         y = nn.relu(self.norm(name="norm2")(y))
-        y = self.conv(BOTTLENECK_EXPANSION * self.features, (1, 1), padding=0, name="conv3")(y)
+        y = self.conv(BOTTLENECK_EXPANSION * self.features, 1, name="conv3")(y)
         y = self.norm(name="norm3")(y)
         return nn.relu(_shortcut(self, x, y.shape[-1]) + y)
 
@@ -96,7 +90,7 @@ def _shortcut(block: BasicBlock | BottleneckBlock, x: jax.Array, features: int) 
     """`x` itself, or projected where the block changes its width or resolution."""
     if block.stride == 1 and x.shape[-1] == features:
         return x
-    x = block.conv(features, (1, 1), block.stride, padding=0, name="shortcut_conv")(x)
+    x = block.conv(features, 1, block.stride, name="shortcut_conv")(x)
     return block.norm(name="shortcut_norm")(x)
 
 
@@ -108,9 +102,9 @@ class Stem(nn.Module):
 
     @nn.compact
     def __call__(self, pixels: jax.Array) -> jax.Array:
-        x = self.conv(STEM_FEATURES, (7, 7), 2, padding=3, name="conv")(pixels)
+        x = self.conv(STEM_FEATURES, 7, 2, padding=3, name="conv")(pixels)
         x = nn.relu(self.norm(name="norm")(x))
-        return nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
+        return max_pool(x)
 
 
 class Stage(nn.Module):
@@ -137,15 +131,17 @@ class ResNet(nn.Module):
 
     @nn.compact
     def __call__(self, pixels: jax.Array, train: bool) -> jax.Array:
-        # HIGHEST keeps float32 what it says where an accelerator would round its inputs to 10 bits (TF32).
-        precision = "highest" if self.dtype == jnp.float32 else None
-        conv = partial(nn.Conv, use_bias=False, dtype=self.dtype, precision=precision)
+        conv = partial(Convolution, dtype=self.dtype)
         block = BottleneckBlock if self.architecture.bottleneck else BasicBlock
 
         def norm_of(stage: int) -> Module:
             stored = not train or self.batch_norm == "frozen" or stage <= self.num_frozen_stages
             return partial(
-                nn.BatchNorm, use_running_average=stored, momentum=0.9, epsilon=1e-5, dtype=self.dtype
+                nn.BatchNorm,
+                use_running_average=stored,
+                momentum=0.9,
+                epsilon=BATCH_NORM_EPSILON,
+                dtype=self.dtype,
             )
 
         x = Stem(conv, norm_of(1), name="stem")(pixels)
@@ -209,17 +205,6 @@ def make_apply(
     return apply
 
 
-def find_architecture(name: str) -> Architecture:
-    """The row of `ARCHITECTURES`.
-
-    Raises:
-        UsageError: there is none of that name.
-    """
-    if name not in ARCHITECTURES:
-        raise UsageError(f"there is no architecture {name!r}: use one of {', '.join(ARCHITECTURES)}")
-    return ARCHITECTURES[name]
-
-
 def init_variables(architecture: str, key: jax.Array) -> dict[str, Any]:
     """Draw random `{"params", "batch_stats"}` as NumPy arrays: He normal (fan out) kernels, scale 1, shift 0.
 
@@ -241,18 +226,6 @@ def init_variables(architecture: str, key: jax.Array) -> dict[str, Any]:
                 return np.zeros(leaf.shape, np.float32)
 
     return jax.tree.map_with_path(draw, abstract_variables(architecture))
-
-
-@cache
-def abstract_variables(architecture: str) -> dict[str, Any]:
-    """The tree of `init_variables` with `jax.ShapeDtypeStruct` leaves; computes nothing. Not to be changed.
-
-    Raises:
-        UsageError: an unknown architecture.
-    """
-    network = ResNet(find_architecture(architecture))
-    pixels = jnp.zeros((1, 32, 32, 3))  # parameters do not depend on the resolution
-    return jax.eval_shape(partial(network.init, train=False), jax.random.key(0), pixels)
 
 
 def frozen_param_mask(params: Mapping[str, Any], num_frozen_stages: int) -> Any:

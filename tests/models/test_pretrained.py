@@ -18,9 +18,10 @@ from safetensors.numpy import save
 
 from jaxcls.errors import UsageError, WeightsError
 from jaxcls.models import pretrained
+from jaxcls.models.architecture import ARCHITECTURES
 from jaxcls.models.port import from_variables
 from jaxcls.models.pretrained import CATALOGUE, imagenet_classes, load_pretrained, unverified_names
-from jaxcls.models.resnet import ARCHITECTURES, init_variables
+from jaxcls.models.resnet import init_variables
 from jaxcls.preprocess import Preprocess
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

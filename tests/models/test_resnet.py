@@ -9,13 +9,11 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from jaxcls.errors import UsageError
-from jaxcls.models import resnet
+from jaxcls.models import architecture as architectures
+from jaxcls.models.architecture import ARCHITECTURES, Architecture, abstract_variables
 from jaxcls.models.port import from_variables, to_variables
 from jaxcls.models.resnet import (
-    ARCHITECTURES,
-    Architecture,
     ResNet,
-    abstract_variables,
     frozen_param_mask,
     init_variables,
     make_apply,
@@ -54,6 +52,13 @@ def assert_close(actual, expected, relative):
 def test_parameter_count_with_a_1000_class_head(architecture, num_params):
     trunk = sum(leaf.size for leaf in jax.tree.leaves(abstract_variables(architecture)["params"]))
     assert trunk + (ARCHITECTURES[architecture].num_features + 1) * 1000 == num_params
+
+
+@pytest.mark.parametrize("architecture", ["resnet18", "resnet50"])
+def test_abstract_variables_are_what_the_network_initialises(architecture):
+    network = ResNet(ARCHITECTURES[architecture])
+    expected = jax.eval_shape(partial(network.init, train=False), jax.random.key(0), draw_pixels())
+    assert abstract_variables(architecture) == expected
 
 
 # The deep ones repeat the same blocks; the parameter counts above already tell their depths apart.
@@ -109,7 +114,9 @@ def test_training_mode_agrees_with_torch(monkeypatch, bottleneck):
     import torch_oracle
 
     architecture = "shallow_bottleneck" if bottleneck else "shallow_basic"
-    monkeypatch.setattr(resnet, "ARCHITECTURES", {architecture: Architecture((2, 1, 1, 1), bottleneck)})
+    monkeypatch.setattr(
+        architectures, "ARCHITECTURES", {architecture: Architecture((2, 1, 1, 1), bottleneck)}
+    )
     torch.manual_seed(0)
     network = torch_oracle.make_torchvision(architecture)
     before = torch_oracle.state_of(network)

@@ -1,0 +1,148 @@
+"""One convolution and one max pool, lowered as suits platform and shape; training and scoring both use them.
+
+Accelerators run XLA's own operations. On CPU three of those are slow, each by the measurements of
+`python -m benchmarks.convolution`, and have a stand-in: 1x1 convolutions, the gradient of a max pool, and
+(by `compiler_options`) gradients with respect to kernels.
+"""
+
+from collections.abc import Callable
+from functools import cache, partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+# XLA's CPU compiler hands dots, convolutions and reductions to YNNPACK unless told which. YNNPACK takes 1.4
+# to 10 times as long as Eigen for the gradient of a 3x3 kernel, a convolution with a window as large as the
+# picture, and longer for the forward convolutions too; only its reductions pay.
+_CPU_OPTIONS = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"}
+
+
+@cache
+def compiler_options(platform: str) -> dict[str, Any]:
+    """The options to compile a network for a `platform` with; none where this XLA does not know them."""
+    if platform != "cpu":
+        return {}
+    try:
+        jax.jit(lambda: 0, compiler_options=_CPU_OPTIONS).lower().compile()
+    except jax.errors.JaxRuntimeError:
+        return {}
+    return _CPU_OPTIONS
+
+
+def convolve(x: jax.Array, kernel: jax.Array, *, stride: int = 1, padding: int = 0) -> jax.Array:
+    """Convolve [B, H, W, C] with a kernel [h, w, C, F] of the same dtype.
+
+    Args:
+        x: the input.
+        kernel: square or not.
+        stride: along height and width.
+        padding: zeros on each of the four sides, as torch pads.
+
+    Returns:
+        [B, H', W', F] in the dtype of `x`, where H' = (H + 2 * padding - h) // stride + 1.
+    """
+    convolution = partial(_convolution, stride=stride, padding=padding)
+    if kernel.shape[:2] == (1, 1) and padding == 0:
+        return _by_platform(partial(_product, stride=stride), convolution)(x, kernel)
+    return convolution(x, kernel)
+
+
+def max_pool(x: jax.Array) -> jax.Array:
+    """The largest of each 3x3 window of [B, H, W, C], at stride 2 with one row and column around it.
+
+    Returns:
+        [B, (H + 1) // 2, (W + 1) // 2, C]. Of equal largest values the first has the gradient.
+    """
+    return _by_platform(_max_pool_with_own_gradient, _window_maximum)(x)
+
+
+def _convolution(x: jax.Array, kernel: jax.Array, stride: int, padding: int) -> jax.Array:
+    # HIGHEST keeps float32 what it says where an accelerator would round its inputs to 10 bits (TF32).
+    precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    return lax.conv_general_dilated(
+        x,
+        kernel,
+        (stride, stride),
+        ((padding, padding), (padding, padding)),
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        precision=precision,
+    )
+
+
+def _product(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
+    return lax.dot_general(x[:, ::stride, ::stride], kernel[0, 0], (((3,), (0,)), ((), ())))
+
+
+def _by_platform(on_cpu: Callable[..., jax.Array], elsewhere: Callable[..., jax.Array]) -> Callable[..., Any]:
+    """One function of two lowerings, whose gradient is lowered likewise."""
+
+    # Differentiating `platform_dependent` itself would keep the residuals of both.
+    @jax.custom_vjp
+    def function(*operands: jax.Array) -> jax.Array:
+        return lax.platform_dependent(*operands, cpu=on_cpu, default=elsewhere)
+
+    def forward(*operands: jax.Array) -> tuple[jax.Array, Any]:
+        return function(*operands), operands
+
+    def backward(operands: Any, gradient: jax.Array) -> Any:
+        return lax.platform_dependent(
+            gradient, *operands, cpu=_pullback(on_cpu), default=_pullback(elsewhere)
+        )
+
+    function.defvjp(forward, backward)
+    return function
+
+
+def _pullback(function: Callable[..., jax.Array]) -> Callable[..., Any]:
+    return lambda gradient, *operands: jax.vjp(function, *operands)[1](gradient)
+
+
+def _window_maximum(x: jax.Array) -> jax.Array:
+    # A literal, not an array, as its start: only then has this operation a gradient.
+    around = ((0, 0), (1, 1), (1, 1), (0, 0))
+    return lax.reduce_window(x, -jnp.inf, lax.max, (1, 3, 3, 1), (1, 2, 2, 1), around)
+
+
+@jax.custom_vjp
+def _max_pool_with_own_gradient(x: jax.Array) -> jax.Array:
+    return _window_maximum(x)
+
+
+def _max_pool_backward(x: jax.Array, gradient: jax.Array) -> tuple[jax.Array]:
+    """Each value gathers from the windows that it lies in; XLA's scatter takes five times as long."""
+    height, width = gradient.shape[1:3]
+    place = jnp.pad(_place_of_maximum(x, height, width), ((0, 0), (0, 1), (0, 1), (0, 0)), constant_values=9)
+    gradient = jnp.pad(gradient, ((0, 0), (0, 1), (0, 1), (0, 0)))
+
+    def gathered(row: int, column: int) -> jax.Array:
+        """The gradient of the values in even (0) or odd (1) rows and columns."""
+        total = jnp.zeros((), x.dtype)
+        for i, below in _WINDOWS[row]:
+            for j, right in _WINDOWS[column]:
+                window = (slice(None), slice(below, below + height), slice(right, right + width))
+                total += jnp.where(place[window] == 3 * i + j, gradient[window], 0)
+        return total
+
+    rows = [jnp.stack([gathered(row, column) for column in (0, 1)], axis=3) for row in (0, 1)]
+    B, H, W, C = x.shape
+    return (jnp.stack(rows, axis=2).reshape(B, 2 * height, 2 * width, C)[:, :H, :W],)
+
+
+# Of an even and of an odd row: its place in each window that it lies in, and which window after the first.
+_WINDOWS = (((1, 0),), ((2, 0), (0, 1)))
+
+
+def _place_of_maximum(x: jax.Array, height: int, width: int) -> jax.Array:
+    """int32: where in its window, 0 to 8 row by row, the first of the largest values stands."""
+    x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=-jnp.inf)
+    values = [x[:, i::2, j::2][:, :height, :width] for i in range(3) for j in range(3)]
+    largest, place = values[0], jnp.zeros(values[0].shape, jnp.int32)
+    for index, value in enumerate(values[1:], start=1):
+        place = jnp.where(value > largest, index, place)
+        largest = jnp.maximum(largest, value)
+    return place
+
+
+_max_pool_with_own_gradient.defvjp(lambda x: (_window_maximum(x), x), _max_pool_backward)

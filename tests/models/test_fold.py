@@ -1,0 +1,104 @@
+"""The folded network against the unfolded one, and folded kernels against torch's."""
+
+import csv
+from functools import partial
+
+import jax
+import numpy as np
+import pytest
+
+from jaxcls.models.architecture import ARCHITECTURES, abstract_variables
+from jaxcls.models.fold import apply_folded, fold_batch_norm
+from jaxcls.models.port import read_state_dict, to_variables
+from jaxcls.models.resnet import make_apply
+from jaxcls.preprocess import Preprocess
+
+jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+DEEP = [pytest.param(name, marks=pytest.mark.slow) for name in ("resnet50", "resnet101", "resnet152")]
+
+
+def draw_variables(architecture):
+    """Random kernels, and batch norm whose every value matters; the activations keep their size."""
+    generator = np.random.default_rng(0)
+
+    def draw(path, leaf):
+        name = path[-1].key
+        if name == "kernel":
+            fan_in = np.prod(leaf.shape[:3])
+            return generator.standard_normal(leaf.shape, np.float32) / np.float32(np.sqrt(fan_in))
+        low, high = {"scale": (0.3, 0.9), "var": (0.5, 1.5)}.get(name, (-0.5, 0.5))
+        return generator.uniform(low, high, leaf.shape).astype(np.float32)
+
+    return jax.tree.map_with_path(draw, abstract_variables(architecture))
+
+
+def difference(actual, expected):
+    """The largest, relative to the largest expected value."""
+    return np.abs(actual - expected).max() / np.abs(expected).max()
+
+
+@pytest.mark.parametrize("architecture", ["resnet18", "resnet34", *DEEP])
+def test_folded_features_are_the_unfolded_networks(architecture):
+    variables = draw_variables(architecture)
+    pixels = np.random.default_rng(1).standard_normal((2, 64, 64, 3), np.float32)
+    expected, _ = jit(make_apply(architecture), static_argnums=2)(variables, pixels, False)
+    features = jit(apply_folded, static_argnums=2)(fold_batch_norm(variables), pixels, np.float32)
+    assert (features.dtype, features.shape) == (np.float32, (2, ARCHITECTURES[architecture].num_features))
+    assert difference(features, expected) < 1e-5
+
+
+def test_kernels_and_biases_are_torchs():
+    torch = pytest.importorskip("torch", reason="torch is the oracle")
+    from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+    variables = draw_variables("resnet18")
+    params, statistics = (variables[name]["stage2"]["block2"] for name in ("params", "batch_stats"))
+    conv, norm = torch.nn.Conv2d(128, 128, 3, bias=False), torch.nn.BatchNorm2d(128)
+    conv.weight.data = torch.from_numpy(params["conv1"]["kernel"].transpose(3, 2, 0, 1).copy())
+    for name, value in (("weight", params["norm1"]["scale"]), ("bias", params["norm1"]["bias"])):
+        getattr(norm, name).data = torch.from_numpy(value)
+    norm.running_mean, norm.running_var = map(
+        torch.from_numpy, (statistics["norm1"]["mean"], statistics["norm1"]["var"])
+    )
+    expected = fuse_conv_bn_eval(conv.double().eval(), norm.double().eval())
+
+    folded = fold_batch_norm(variables)["stage2"]["rest"]["conv1"]
+    kernel, bias = folded["kernel"][0], folded["bias"][0]
+    assert kernel.dtype == bias.dtype == np.float32
+    weight = expected.weight.detach().numpy().transpose(2, 3, 1, 0)
+    np.testing.assert_allclose(kernel, weight, rtol=1e-7, atol=0)  # rounded once
+    np.testing.assert_allclose(bias, expected.bias.detach().numpy(), rtol=1e-7, atol=0)
+
+
+def test_kernels_take_the_dtype_asked_for_and_biases_stay_float32():
+    folded = fold_batch_norm(draw_variables("resnet18"), jax.numpy.bfloat16)
+    for path, leaf in jax.tree.leaves_with_path(folded):
+        assert leaf.dtype == (np.float32 if path[-1].key == "bias" else jax.numpy.bfloat16)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ["resnet18", "resnet50"])
+def test_scores_of_photos_are_the_unfolded_float32_networks(shared, weights, architecture):
+    """50 ImageNet photos: every prediction the same, and each photo's logits within 2 % in norm."""
+    from jaxcls.data.dataset import from_items
+
+    folder = shared / "data" / "imagenet50"
+    with (folder / "labels.csv").open(newline="") as file:
+        dataset = from_items([folder / row["file"] for row in csv.DictReader(file)])
+    preprocess = Preprocess()
+    images = np.stack([preprocess.resize_and_crop(dataset.image(i)) for i in range(len(dataset))])
+    ported = to_variables(architecture, read_state_dict(weights / f"{architecture}.safetensors"))
+    kernel, bias = ported.head
+
+    def logits(function, *arguments):
+        batches = np.split(preprocess.normalize(images), 2)
+        return np.concatenate([function(*arguments, batch) for batch in batches]) @ kernel + bias
+
+    unfolded = make_apply(architecture)
+    expected = logits(jax.jit(lambda tree, pixels: unfolded(tree, pixels, False)[0]), ported.variables)
+    for dtype, allowed in ((np.float32, 1e-5), (jax.numpy.bfloat16, 0.02)):
+        folded = fold_batch_norm(ported.variables, dtype)
+        actual = logits(jax.jit(partial(apply_folded, dtype=dtype)), folded)
+        np.testing.assert_array_equal(actual.argmax(axis=1), expected.argmax(axis=1))
+        errors = np.linalg.norm(actual - expected, axis=1) / np.linalg.norm(expected, axis=1)
+        assert errors.max() < allowed

@@ -23,6 +23,11 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(DATA_AXIS))
 
 
+def steps_sharding(mesh: Mesh) -> NamedSharding:
+    """The second axis, after that of steps, over the devices."""
+    return NamedSharding(mesh, PartitionSpec(None, DATA_AXIS))
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """A whole copy on every device."""
     return NamedSharding(mesh, PartitionSpec())
@@ -31,4 +36,4 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def use_compilation_cache(folder: Path) -> None:
     """Keep compiled programs in `folder`, made private: whoever can write there can run code here."""
     jax.config.update("jax_compilation_cache_dir", str(make_private_folder(folder)))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)

@@ -13,19 +13,23 @@ from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-import grain
 import numpy as np
 from absl import flags
+from etils import epy
 
-from jaxcls.augment.host import Augmentation, random_view
+from jaxcls.augment.host import Augmentation, cut_view, draw_views
 from jaxcls.data.dataset import UNLABELLED, Dataset
 from jaxcls.errors import ImageError
 from jaxcls.preprocess import Preprocess
 
 if TYPE_CHECKING:
     from jax.sharding import Sharding
+
+with epy.lazy_imports():
+    import grain  # loaded with the first stream: programs alone are compiled without it
 
 NUM_BATCHES_AHEAD = 2
 MAX_THREADS = 16
@@ -39,7 +43,7 @@ class Batch(NamedTuple):
         labels: int32 [B], -1 where unlabelled.
         mask: bool [B], False for padding and for photos that could not be read.
         indices: int32 [B], positions in the dataset; -1 for padding.
-        sizes: int32 [B, 2], height and width of the decoded photo.
+        sizes: int32 [B, 2], height and width of the photo.
         errors: B messages, "" for photos that could be read.
     """
 
@@ -68,7 +72,7 @@ class _Example(NamedTuple):
 
 @dataclass(frozen=True)
 class _Load:
-    """Photo `index` as an example of `size` pixels; the random view is drawn from (seed, position)."""
+    """The photo at `position`, as the network sees it: a random view in training, else the fixed one."""
 
     dataset: Dataset
     preprocess: Preprocess
@@ -76,19 +80,24 @@ class _Load:
     seed: int = 0
 
     def __call__(self, position: int, index: int) -> _Example:
-        preprocess, label = self.preprocess, int(self.dataset.labels[index])
+        if self.augmentation is not None:
+            (index,) = training_order(len(self.dataset), self.seed, np.asarray([position])).tolist()
+        label = int(self.dataset.labels[index])
         try:
-            if self.augmentation is None:
-                image = self.dataset.image(index, short_side=preprocess.short_side)
-                view = preprocess.resize_and_crop(image)
-            else:
-                image = self.dataset.image(index, short_side=self.augmentation.short_side(preprocess))
-                generator = np.random.Generator(np.random.Philox(key=[self.seed, position]))
-                view = random_view(image, preprocess, self.augmentation, generator)
+            view, size = self._view(position, index)
         except ImageError as error:
-            blank = np.zeros((preprocess.size, preprocess.size, 3), np.uint8)
+            blank = np.zeros((self.preprocess.size, self.preprocess.size, 3), np.uint8)
             return _Example(blank, label, index, (0, 0), str(error))
-        return _Example(view, label, index, image.shape[:2], "")
+        return _Example(view, label, index, size, "")
+
+    def _view(self, position: int, index: int) -> tuple[np.ndarray, tuple[int, int]]:
+        photo = self.dataset.photo(index)
+        if self.augmentation is None:
+            return self.preprocess.resize_and_crop(photo.decode(self.preprocess.short_side)), photo.size
+        views = draw_views(self.seed, position, np.asarray([photo.size]), self.augmentation)
+        image = photo.decode(views.short_side(self.preprocess, photo.size))
+        scales = np.divide([(image.height, image.width)], [photo.size])
+        return cut_view(image, self.preprocess, views.scaled(scales)), photo.size
 
 
 @dataclass(frozen=True)
@@ -116,6 +125,23 @@ def steps_per_epoch(num_examples: int, batch_size: int) -> int:
     return -(-num_examples // batch_size)
 
 
+def training_order(num_examples: int, seed: int, positions: np.ndarray) -> np.ndarray:
+    """The photos, int64 [B], at `positions` int [B] of one permutation after another, without end."""
+    epochs, offsets = np.divmod(positions, num_examples)
+    indices = np.empty(len(positions), np.int64)
+    for epoch in np.unique(epochs):
+        chosen = epochs == epoch
+        indices[chosen] = _permutation(num_examples, seed, int(epoch))[offsets[chosen]]
+    return indices
+
+
+@lru_cache(maxsize=4)
+def _permutation(num_examples: int, seed: int, epoch: int) -> np.ndarray:
+    # Views are drawn with the key (seed, 0).
+    philox = np.random.Philox(key=np.asarray([seed, epoch + 1], np.uint64))
+    return np.random.Generator(philox).permutation(num_examples)
+
+
 def training_batches(
     dataset: Dataset,
     preprocess: Preprocess,
@@ -137,10 +163,8 @@ def training_batches(
         first_step: start with this batch.
         num_workers: processes that decode; 0: threads of this process.
     """
-    # Hashed: Grain shuffles epoch e of seed s as epoch 0 of seed s + e; neighbours would share orders.
-    order_seed = int(np.random.SeedSequence(seed).generate_state(1)[0])
-    order = grain.MapDataset.range(len(dataset)).shuffle(seed=order_seed).repeat()
-    examples = order.map_with_index(_Load(dataset, preprocess, augmentation, seed))
+    load = _Load(dataset, preprocess, augmentation, seed)
+    examples = grain.MapDataset.range(len(dataset)).repeat().map_with_index(load)
     batches = examples.batch(batch_size, drop_remainder=True, batch_fn=_Stack(batch_size))[first_step:]
     return _iterate(batches, num_workers)
 
@@ -167,7 +191,7 @@ def on_devices(batches: Batches, sharding: "Sharding") -> Generator[Batch, None,
         yield from ahead
 
 
-def _iterate(batches: grain.MapDataset, num_workers: int) -> Batches:
+def _iterate(batches: "grain.MapDataset", num_workers: int) -> Batches:
     # A thread makes a whole batch; a worker process has one, and its own place among the cores.
     num_threads = 1 if num_workers else min(os.cpu_count() or 1, MAX_THREADS)
     num_ahead = max(num_threads, NUM_BATCHES_AHEAD)

@@ -5,6 +5,7 @@ normalises inside the jitted program. No JAX here: it would slow the start of th
 command line, and of data workers, which are new processes.
 """
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -22,10 +23,13 @@ INTERPOLATIONS = {
     "lanczos": Image.Resampling.LANCZOS,
 }
 
-MAX_STRIP = 64
-"""Long over short side. Only the centre is seen: resized whole, 1 x 65535 pixels would take gigabytes."""
+SUPPORTS = {"bilinear": 1, "bicubic": 2, "lanczos": 3}
+"""Half the width of each filter, in pixels of the smaller picture."""
 
 Box = tuple[float, float, float, float]
+
+Picture = Image.Image | np.ndarray
+"""RGB, decoded: Pillow's, whose pixels NumPy can only copy, or uint8 [H, W, 3]."""
 
 
 @dataclass(frozen=True)
@@ -62,31 +66,58 @@ class Preprocess:
         """The short side, in pixels, of the resized photo before the centre crop."""
         return int(self.size / self.crop_fraction)
 
-    def resize_and_crop(self, image: np.ndarray) -> np.ndarray:
-        """The evaluation view: uint8 [H, W, 3] -> uint8 [size, size, 3].
+    def resize_and_crop(self, image: Picture) -> np.ndarray:
+        """The evaluation view: RGB or uint8 [H, W, 3] -> uint8 [size, size, 3].
 
-        The sizes are rounded as torchvision's `Resize` and `CenterCrop` round them. A strip of more
-        than 64 times its width is first cut to that about its centre.
+        The sizes are rounded as torchvision's `Resize` and `CenterCrop` round them. Only what the crop
+        keeps is resized: the pixels are theirs within one level.
         """
-        short = min(image.shape[:2])
-        height, width = (min(side, MAX_STRIP * short) for side in image.shape[:2])
-        above, before = (image.shape[0] - height) // 2, (image.shape[1] - width) // 2
-        image = image[above : above + height, before : before + width]
-        resized_height = int(self.short_side * height / short)
-        resized_width = int(self.short_side * width / short)
-        top = round((resized_height - self.size) / 2)
-        left = round((resized_width - self.size) / 2)
-        resized = self._resize(image, (resized_width, resized_height), (0, 0, width, height))
-        return np.ascontiguousarray(resized[top : top + self.size, left : left + self.size])
+        picture = _picture(image)
+        short = min(picture.size)
+        (left, right), (top, bottom) = (self._centre(side, short) for side in picture.size)
+        return np.asarray(self._resize(picture, (self.size, self.size), (left, top, right, bottom)))
 
-    def crop_box(self, image: np.ndarray, box: Box) -> np.ndarray:
-        """Resize the box (left, top, right, bottom; pixels) of uint8 [H, W, 3] to uint8 [size, size, 3]."""
-        return self._resize(image, (self.size, self.size), box)
+    def _centre(self, side: int, short: int) -> tuple[float, float]:
+        """Where, along one side of a photo, the centre crop begins and ends, in the photo's pixels."""
+        resized = int(self.short_side * side / short)
+        start = round((resized - self.size) / 2)
+        return start * side / resized, (start + self.size) * side / resized
 
-    def _resize(self, image: np.ndarray, width_height: tuple[int, int], box: Box) -> np.ndarray:
+    def crop_box(self, image: Picture, box: Box) -> np.ndarray:
+        """Resize the box (left, top, right, bottom; pixels) of a photo to uint8 [size, size, 3].
+
+        Columns first, then rows, rounded in between: the order in which views are cut on a device.
+        """
+        picture = _picture(image)
+        left, top, right, bottom = box
+        # Pillow picks its own order by shape. Two calls keep ours, the first on the rows that are seen.
+        margin = math.ceil(SUPPORTS[self.interpolation] * max((bottom - top) / self.size, 1)) + 1
+        first, last = max(math.floor(top) - margin, 0), min(math.ceil(bottom) + margin, picture.height)
+        height = last - first
+        rows = picture.crop((0, first, picture.width, last))
+        rows = self._resize(rows, (self.size, height), (left, 0, right, height))
         return np.asarray(
-            Image.fromarray(image).resize(width_height, INTERPOLATIONS[self.interpolation], box=box)
+            self._resize(rows, (self.size, self.size), (0, top - first, self.size, bottom - first))
         )
+
+    def shrink(self, image: Picture, short_side: int) -> np.ndarray:
+        """RGB or uint8 [H, W, 3] with its short side, where longer, resized to `short_side` pixels."""
+        picture = _picture(image)
+        short = min(picture.size)
+        if short <= short_side:
+            return np.asarray(picture)
+        new_width, new_height = (max(round(short_side * side / short), 1) for side in picture.size)
+        return np.asarray(self._resize(picture, (new_width, new_height), (0, 0, *picture.size)))
+
+    def _resize(self, picture: Image.Image, width_height: tuple[int, int], box: Box) -> Image.Image:
+        return picture.resize(width_height, INTERPOLATIONS[self.interpolation], box=box)
+
+    def check_images(self, images: Any) -> None:
+        """Raise UsageError unless these are uint8 [B, size, size, 3]."""
+        expected = (self.size, self.size, 3)
+        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1:] != expected:
+            wanted = ", ".join(map(str, expected))
+            raise UsageError(f"images must be uint8 [B, {wanted}], not {images.dtype} {list(images.shape)}")
 
     def normalize(self, images: Any) -> Any:
         """The device part: uint8 [B, H, W, 3] -> float32 [B, H, W, 3], for NumPy or JAX arrays."""
@@ -102,3 +133,7 @@ class Preprocess:
     def from_json(cls, values: dict[str, Any]) -> "Preprocess":
         """The inverse of `to_json`."""
         return cls(**{**values, "mean": tuple(values["mean"]), "std": tuple(values["std"])})
+
+
+def _picture(image: Picture) -> Image.Image:
+    return Image.fromarray(image) if isinstance(image, np.ndarray) else image

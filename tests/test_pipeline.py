@@ -1,5 +1,6 @@
 """The stream: which photo is where in it, and that nothing but its address decides how it looks."""
 
+import io
 import subprocess
 import sys
 import threading
@@ -12,11 +13,21 @@ import jax
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
+from PIL import Image
+from PIL.JpegImagePlugin import JpegImageFile
 
-from jaxcls.augment.host import Augmentation, random_view
-from jaxcls.data.dataset import Dataset, MemorySource
+from jaxcls.augment.host import Augmentation, cut_view, draw_views
+from jaxcls.data.dataset import Dataset
+from jaxcls.data.source import MemorySource
 from jaxcls.parallel import batch_sharding, make_mesh
-from jaxcls.pipeline import Batch, evaluation_batches, on_devices, steps_per_epoch, training_batches
+from jaxcls.pipeline import (
+    Batch,
+    evaluation_batches,
+    on_devices,
+    steps_per_epoch,
+    training_batches,
+    training_order,
+)
 from jaxcls.preprocess import Preprocess
 
 SMALL = Preprocess(size=8)
@@ -121,8 +132,45 @@ def test_a_view_is_drawn_from_seed_and_position_alone():
     batches = first_batches(5, dataset, batch_size=3, seed=11)
     views = np.concatenate([batch.images for batch in batches])
     for position, (view, index) in enumerate(zip(views, indices_of(batches), strict=True)):
-        generator = np.random.Generator(np.random.Philox(key=[11, position]))
-        np.testing.assert_array_equal(view, random_view(dataset.source[index], SMALL, STRONG, generator))
+        photo = dataset.source[index]
+        drawn = draw_views(11, position, np.asarray([photo.shape[:2]]), STRONG)
+        np.testing.assert_array_equal(view, cut_view(photo, SMALL, drawn))
+
+
+def test_a_large_jpeg_is_decoded_at_the_scale_of_its_view(monkeypatch):
+    y, x = np.mgrid[:600, :800]
+    photo = np.stack([255 * x / 800, 255 * y / 600, 127 + 127 * np.sin((x + y) / 90)], -1).astype(np.uint8)
+    file = io.BytesIO()
+    exif = Image.Exif()
+    exif[274] = 6  # on its side
+    Image.fromarray(np.rot90(photo)).save(file, "JPEG", quality=95, exif=exif)
+    dataset = Dataset("large", ("a", "b"), [0], ["large"], MemorySource([file.getvalue()]))
+    decoded_sizes, draft = [], JpegImageFile.draft
+
+    def watched_draft(image, *args):
+        result = draft(image, *args)
+        decoded_sizes.append(min(image.size))
+        return result
+
+    monkeypatch.setattr(JpegImageFile, "draft", watched_draft)
+    preprocess, crops = Preprocess(size=56), Augmentation(min_crop_area=0.08)
+    with closing(training_batches(dataset, preprocess, crops, batch_size=8, seed=2)) as batches:
+        batch = next(batches)
+    assert batch.sizes.tolist() == [[600, 800]] * 8
+    assert set(decoded_sizes) == {600, 300, 150}
+    for position in range(8):
+        views = draw_views(2, position, np.asarray([[600, 800]]), crops)
+        difference = batch.images[position].astype(int) - cut_view(photo, preprocess, views)
+        assert np.abs(difference).max() <= 6
+
+
+def test_the_order_is_the_same_in_any_pieces():
+    whole = training_order(7, 3, np.arange(70))
+    pieces = [training_order(7, 3, np.arange(first, first + 5)) for first in range(0, 70, 5)]
+    np.testing.assert_array_equal(np.concatenate(pieces), whole)
+    assert len({tuple(training_order(20, seed, np.arange(20))) for seed in range(50)}) == 50
+    # Epoch 1 of one seed is not epoch 0 of the next.
+    assert list(training_order(20, 0, np.arange(20, 40))) != list(training_order(20, 1, np.arange(20)))
 
 
 @pytest.mark.parametrize("first_step", [1, 3, 8])

@@ -2,45 +2,75 @@
 
 import math
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image, ImageEnhance
 
-from jaxcls.augment.host import Augmentation, adjust_colour, draw_crop_box, random_view
+from jaxcls.augment.host import Augmentation, Views, adjust_colour, cut_view, draw_boxes, draw_views
 from jaxcls.errors import UsageError
 from jaxcls.preprocess import Preprocess
+
+STRONG = Augmentation(True, 0.2, 0.4)
 
 
 def noise(height, width, seed=0, low=0, high=256):
     return np.random.default_rng(seed).integers(low, high, (height, width, 3), np.uint8)
 
 
+def cut_one(image, augmentation, position=0, size=16, seed=0):
+    views = draw_views(seed, position, np.asarray([image.shape[:2]]), augmentation)
+    return cut_view(image, Preprocess(size=size), views)
+
+
+def draw_sizes(num_photos, low=1, high=700):
+    return np.random.default_rng(0).integers(low, high, (num_photos, 2))
+
+
 def test_the_default_is_the_evaluation_view():
-    image, preprocess = noise(50, 40), Preprocess(size=16)
-    view = random_view(image, preprocess, Augmentation(), np.random.default_rng(0))
-    np.testing.assert_array_equal(view, preprocess.resize_and_crop(image))
+    image = noise(50, 40)
+    np.testing.assert_array_equal(
+        cut_one(image, Augmentation()), Preprocess(size=16).resize_and_crop(image), strict=True
+    )
 
 
-@pytest.mark.parametrize("augmentation", [Augmentation(flip=True), Augmentation(True, 0.2, 0.4)])
-def test_a_view_is_a_function_of_its_generator(augmentation):
-    image, preprocess = noise(50, 40), Preprocess(size=16)
-    views = [random_view(image, preprocess, augmentation, np.random.default_rng(s)) for s in (*range(8), 0)]
+@pytest.mark.parametrize("augmentation", [Augmentation(flip=True), STRONG])
+def test_a_view_is_a_function_of_seed_and_position(augmentation):
+    image = noise(50, 40)
+    views = [cut_one(image, augmentation, position) for position in (*range(8), 0)]
     np.testing.assert_array_equal(views[0], views[-1], strict=True)
-    assert len({view.tobytes() for view in views}) == (2 if augmentation.min_crop_area == 1 else 8)
+    assert len({view.tobytes() for view in views}) == (8 if augmentation.crops else 2)
     assert all(view.shape == (16, 16, 3) and view.dtype == np.uint8 for view in views)
+    others = [cut_one(image, augmentation, position, seed=1) for position in range(8)]
+    assert [view.tobytes() for view in others] != [view.tobytes() for view in views[:8]]
+
+
+@pytest.mark.parametrize("first", [0, 1, 10**12])
+def test_a_batch_of_views_is_the_views_drawn_alone(first):
+    sizes = draw_sizes(5)
+    together = draw_views(7, first, sizes, STRONG)
+    assert [field.shape for field in together] == [(5, 4), (5,), (5, 3)]
+    for i in range(5):
+        alone = draw_views(7, first + i, sizes[i : i + 1], STRONG)
+        for one, many in zip(alone, together, strict=True):
+            np.testing.assert_array_equal(one[0], many[i], strict=True)
+
+
+def test_positions_and_seeds_share_no_draws():
+    boxes = [draw_views(seed, 0, np.full((500, 2), 100), STRONG).boxes for seed in range(3)]
+    left, top, right, bottom = np.concatenate(boxes).T
+    assert len(np.unique((right - left) * (bottom - top))) == 3 * 500
 
 
 def test_half_of_the_views_are_mirrored_exactly():
-    image, preprocess = noise(16, 16), Preprocess(size=16, crop_fraction=1.0)
-    generator = np.random.default_rng(1)
-    num_flipped = 0
-    for _ in range(1000):
-        view = random_view(image, preprocess, Augmentation(flip=True), generator)
-        is_flipped = bool((view == image[:, ::-1]).all())
-        assert is_flipped or (view == image).all()
+    image = noise(16, 16)
+    views = draw_views(1, 0, np.full((1000, 2), 16), Augmentation(flip=True))
+    assert abs(views.flips.sum() - 500) < 4 * math.sqrt(250)  # four standard deviations
+    preprocess = Preprocess(size=16, crop_fraction=1.0)
+    for flip in (True, False):
+        view = cut_view(image, preprocess, Views(None, np.asarray([flip]), None))
+        np.testing.assert_array_equal(view, image[:, ::-1] if flip else image)
         assert view.flags.c_contiguous
-        num_flipped += is_flipped
-    assert abs(num_flipped - 500) < 4 * math.sqrt(250)  # four standard deviations
 
 
 def test_crop_and_flip_see_the_drawn_box():
@@ -48,11 +78,10 @@ def test_crop_and_flip_see_the_drawn_box():
     image = np.zeros((200, 256, 3), np.uint8)
     image[..., 0] = np.arange(256)
     image[..., 1] = np.arange(200)[:, None]
-    for seed in range(20):
-        left, top, right, bottom = draw_crop_box(np.random.default_rng(seed), 200, 256, 0.1)
-        view = random_view(
-            image, Preprocess(size=8), Augmentation(min_crop_area=0.1), np.random.default_rng(seed)
-        )
+    augmentation = Augmentation(min_crop_area=0.1)
+    boxes = draw_views(0, 0, np.full((20, 2), (200, 256)), augmentation).boxes
+    for position, (left, top, right, bottom) in enumerate(boxes):
+        view = cut_one(image, augmentation, position, size=8)
         # The centre of a linear ramp's resize is the centre of its box (pixel centres lie at one half).
         assert view[..., 0].mean() == pytest.approx((left + right - 1) / 2, abs=1)
         assert view[..., 1].mean() == pytest.approx((top + bottom - 1) / 2, abs=1)
@@ -64,10 +93,9 @@ def test_crop_and_flip_see_the_drawn_box():
 )
 @pytest.mark.parametrize("min_area", [0.08, 0.5, 0.999])
 def test_boxes_lie_inside_and_keep_to_their_limits(height, width, min_area):
-    generator = np.random.default_rng(2)
+    draws = np.random.default_rng(2).random((300, 4))
     image_ratio = width / height
-    for _ in range(300):
-        left, top, right, bottom = draw_crop_box(generator, height, width, min_area)
+    for left, top, right, bottom in draw_boxes(draws, np.full((300, 2), (height, width)), min_area):
         assert 0 <= left < right <= width
         assert 0 <= top < bottom <= height
         area = (right - left) * (bottom - top) / (height * width)
@@ -80,9 +108,19 @@ def test_boxes_lie_inside_and_keep_to_their_limits(height, width, min_area):
         )
 
 
+@pytest.mark.parametrize("extreme", [0.0, 1 - 2**-53])
+def test_extreme_draws_give_boxes_inside(extreme):
+    sizes = draw_sizes(200)
+    left, top, right, bottom = draw_boxes(np.full((200, 4), extreme), sizes, 0.3).T
+    assert (left >= 0).all()
+    assert (top >= 0).all()
+    assert (right <= sizes[:, 1]).all()
+    assert (bottom <= sizes[:, 0]).all()
+
+
 def test_areas_ratios_and_places_are_spread_evenly():
-    generator = np.random.default_rng(3)
-    boxes = np.asarray([draw_crop_box(generator, 1000, 1000, 0.1) for _ in range(4000)])
+    draws = np.random.default_rng(3).random((4000, 4))
+    boxes = draw_boxes(draws, np.full((4000, 2), 1000), 0.1)
     left, top, right, bottom = boxes.T
     area = (right - left) * (bottom - top) / 1e6
     assert area.mean() == pytest.approx(0.55, abs=0.02)
@@ -98,11 +136,11 @@ def test_areas_ratios_and_places_are_spread_evenly():
 @pytest.mark.parametrize("shape", [(1, 1), (1, 1000), (1000, 1), (2, 3)])
 def test_tiny_and_narrow_photos_give_views(shape):
     augmentation = Augmentation(flip=True, min_crop_area=0.05, colour_jitter=0.3)
-    for seed in range(20):
-        view = random_view(noise(*shape), Preprocess(size=8), augmentation, np.random.default_rng(seed))
-        assert view.shape == (8, 8, 3)
+    for position in range(20):
+        assert cut_one(noise(*shape), augmentation, position, size=8).shape == (8, 8, 3)
 
 
+@pytest.mark.parametrize("convert", [np.asarray, jnp.asarray], ids=["numpy", "jax"])
 @pytest.mark.parametrize(
     ("factors", "pixels"),
     [
@@ -118,10 +156,12 @@ def test_tiny_and_narrow_photos_give_views(shape):
         ((0.5, 1.2, 1.1), [[51, 51, 51], [119, 0, 53]]),
     ],
 )
-def test_colours_are_hand_worked(factors, pixels):
+def test_colours_are_hand_worked(factors, pixels, convert):
     image = np.asarray([[[100, 100, 100], [200, 0, 100]]], np.uint8)
-    adjusted = adjust_colour(image, *factors)
-    np.testing.assert_array_equal(adjusted, np.asarray([pixels], np.uint8), strict=True)
+    # Beside another one: each image has its own mean.
+    images = convert(np.stack([np.full_like(image, 255), image]))
+    adjusted = adjust_colour(images, convert(np.asarray([(1, 1, 1), factors], np.float32)))
+    np.testing.assert_array_equal(adjusted[1], np.asarray([pixels], np.uint8), strict=True)
 
 
 @pytest.mark.parametrize("factor", [0.6, 0.9, 1.1, 1.4])
@@ -134,21 +174,21 @@ def test_colours_are_pillows_within_its_rounding(factor, enhance, position):
     factors = [1.0, 1.0, 1.0]
     factors[position] = factor
     expected = np.asarray(enhance(Image.fromarray(image)).enhance(factor))
-    difference = adjust_colour(image, *factors).astype(int) - expected
+    adjusted = adjust_colour(image[None], np.asarray([factors], np.float32))[0]
+    difference = adjusted.astype(int) - expected
     assert np.abs(difference).max() <= 1
 
 
 def test_factors_of_one_change_no_pixel():
     image = noise(100, 100)
-    np.testing.assert_array_equal(adjust_colour(image, 1.0, 1.0, 1.0), image)
+    np.testing.assert_array_equal(adjust_colour(image[None], np.ones((1, 3), np.float32))[0], image)
 
 
 def test_colour_factors_stay_within_their_range():
     """On a grey photo only brightness acts, and the view shows its factor."""
     grey = np.full((8, 8, 3), 100, np.uint8)
-    generator = np.random.default_rng(4)
     augmentation = Augmentation(colour_jitter=0.3)
-    values = [random_view(grey, Preprocess(size=8), augmentation, generator)[0, 0, 0] for _ in range(500)]
+    values = [cut_one(grey, augmentation, position, size=8)[0, 0, 0] for position in range(500)]
     assert 70 <= min(values) < 73
     assert 127 < max(values) <= 130
     assert np.mean(values) == pytest.approx(100, abs=3)
@@ -176,3 +216,10 @@ def test_short_side_leaves_the_smallest_crop_as_many_pixels_as_the_network_sees(
 def test_impossible_values_are_refused(values, message):
     with pytest.raises(UsageError, match=message):
         Augmentation(**values)
+
+
+def test_scale_at_which_a_view_shows_a_photo():
+    views = Views(np.asarray([[10.0, 20, 110, 70]]), None, None)
+    assert views.short_side(Preprocess(size=25), (200, 400)) == 100
+    assert Views(None, None, None).short_side(Preprocess(size=224), (200, 400)) == 256
+    assert views.scaled(np.asarray([[0.5, 0.25]])).boxes.tolist() == [[2.5, 10, 27.5, 35]]

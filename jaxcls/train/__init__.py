@@ -3,4 +3,4 @@
 from etils import epy
 
 with epy.lazy_api_imports(globals()):
-    from jaxcls.train import config, finetune, optimizer, reporters, state, step
+    from jaxcls.train import checkpoint, config, finetune, optimizer, reporters, signals, state, step

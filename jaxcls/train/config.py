@@ -10,6 +10,7 @@ from jaxcls.models.precision import Precision
 
 NUM_STAGES = 4
 Schedule = Literal["per_epoch", "cosine"]
+Pipeline = Literal["auto", "resident", "streaming"]
 BatchNorm = Literal["train", "frozen"]
 
 
@@ -40,9 +41,15 @@ class FinetuneConfig:
         precision: of the convolutions: "float32", "bfloat16", or "auto" (bfloat16 on accelerators).
         ema_decay: average the parameters with this decay, and evaluate and keep the average.
         seed: of the head, the order, the views and dropout.
-        num_workers: processes that decode; 0: threads.
+        pipeline: "resident": photos are decoded once, and kept and cropped on the devices; "streaming":
+            decoded anew each epoch; "auto": resident if they fit into a quarter of the devices' memory and
+            need no random crops on a CPU.
+        num_workers: processes that decode while streaming; 0: threads.
         max_bad_fraction: go on without undecodable photos up to this share of the dataset.
         log_every: fetch the losses from the device every so many steps.
+        num_checkpoints: how many of the newest to keep; that of the best evaluation accuracy stays besides.
+        checkpoint_seconds: save within an epoch too once the last save is this old, so that a run that is
+            killed loses little even of a long epoch.
     """
 
     num_epochs: int = 15
@@ -63,9 +70,12 @@ class FinetuneConfig:
     precision: Precision = "auto"
     ema_decay: float | None = None
     seed: int = 0
+    pipeline: Pipeline = "auto"
     num_workers: int = 0
     max_bad_fraction: float = 0.0
     log_every: int = 10
+    num_checkpoints: int = 2
+    checkpoint_seconds: float = 600.0
 
     def __post_init__(self) -> None:
         rules = (
@@ -100,9 +110,12 @@ class FinetuneConfig:
             (self.precision in get_args(Precision), f"precision must be one of {get_args(Precision)}"),
             (self.ema_decay is None or 0 <= self.ema_decay < 1, "ema_decay must lie in [0, 1)"),
             (0 <= self.seed < 2**32, "seed must lie in [0, 2**32)"),
+            (self.pipeline in get_args(Pipeline), f"pipeline must be one of {get_args(Pipeline)}"),
             (self.num_workers >= 0, "num_workers must not be below 0"),
             (0 <= self.max_bad_fraction <= 1, "max_bad_fraction must lie in [0, 1]"),
             (self.log_every >= 1, "log_every must be at least 1"),
+            (self.num_checkpoints >= 1, "num_checkpoints must be at least 1"),
+            (self.checkpoint_seconds > 0, "checkpoint_seconds must be above 0"),
         )
         for holds, message in rules:
             if not holds:

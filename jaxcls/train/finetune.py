@@ -1,11 +1,11 @@
 """`finetune`: a dataset and a backbone become a classifier. The only loop over training steps."""
 
 import json
-import signal
 import threading
 import time
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from importlib.metadata import version
@@ -16,14 +16,16 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxcls.classifier import Classifier, Head, as_backbone
-from jaxcls.data.dataset import UNLABELLED, Dataset, class_weights, scan
-from jaxcls.errors import DatasetError, TrainingError, UsageError
+from jaxcls.classifier import Classifier, Head, as_backbone, load
+from jaxcls.data.dataset import UNLABELLED, Dataset, scan
+from jaxcls.errors import ClassifierError, DatasetError, TrainingError, UsageError
 from jaxcls.models.precision import compute_dtype
 from jaxcls.models.pretrained import Backbone
 from jaxcls.models.resnet import make_apply
-from jaxcls.parallel import batch_sharding, make_mesh, replicated
+from jaxcls.parallel import batch_sharding, make_mesh, replicated, steps_sharding
 from jaxcls.pipeline import Batch, evaluation_batches, on_devices, steps_per_epoch, training_batches
+from jaxcls.resident import choose_pipeline, memory_budget
+from jaxcls.train.checkpoint import Checkpoints, Snapshot, checksum, fingerprint
 from jaxcls.train.config import FinetuneConfig
 from jaxcls.train.optimizer import make_optimizer, make_schedule
 from jaxcls.train.reporters import (
@@ -34,10 +36,22 @@ from jaxcls.train.reporters import (
     Reporters,
     TensorBoardReporter,
 )
-from jaxcls.train.state import TrainState, init_state
-from jaxcls.train.step import EvalStep, Sums, TrainStep, make_eval_step, make_train_step
+from jaxcls.train.signals import TERMINATED, no_interrupts, watch_termination
+from jaxcls.train.state import Totals, TrainState, init_state, to_devices, to_host
+from jaxcls.train.step import (
+    STEPS_PER_DISPATCH,
+    EvalStep,
+    Sums,
+    TrainStep,
+    block_sizes,
+    make_eval_step,
+    make_train_loop,
+    make_train_step,
+)
 
-CLASSIFIER_FOLDER = "classifier"
+CLASSIFIER_FOLDER, CHECKPOINTS_FOLDER, CONFIG_FILE = "classifier", "checkpoints", "config.json"
+# Everything else in a configuration decides what the parameters become.
+WITHOUT_EFFECT = {"num_workers", "log_every", "max_bad_fraction", "num_checkpoints", "checkpoint_seconds"}
 
 
 @dataclass(frozen=True)
@@ -64,9 +78,18 @@ def finetune(
     *,
     eval_dataset: Dataset | None = None,
     run_dir: str | Path | None = None,
+    resume: bool = False,
     reporters: Sequence[Reporter] | None = None,
 ) -> FinetuneResult:
     """Train a backbone and a new head on a dataset, over all devices.
+
+    With a `run_dir`, a run that was stopped or killed at any point can be resumed, and ends with bitwise
+    the parameters, history and `metrics.jsonl` of an undisturbed one (the speeds in the history aside), on
+    as many CPU devices as before; on other devices, where their programs are deterministic (on a GPU with
+    `XLA_FLAGS=--xla_gpu_deterministic_ops=true`). A checkpoint is written after every epoch while training
+    goes on (an epoch that ends before the last one is written goes without, unless it is the best), and
+    within long epochs, see `FinetuneConfig.checkpoint_seconds`. SIGTERM saves the step under way and the last
+    whole epoch's classifier, and ends the process with `SystemExit(143)`.
 
     Args:
         dataset: the training photos; each is decoded once before training, to find bad ones.
@@ -75,18 +98,25 @@ def finetune(
         eval_dataset: evaluated after every epoch; never trained on. The last epoch is kept, not the best:
             choosing by this set would leave none to measure with.
         run_dir: an empty or new folder for `config.json`, `test_ids.txt` (of `eval_dataset`),
-            `metrics.jsonl`, TensorBoard events, `accuracy.png` and `classifier/`. Ctrl-C leaves all of them
-            as of the last whole epoch; without a folder it leaves nothing.
+            `metrics.jsonl`, TensorBoard events, `accuracy.png`, `checkpoints/` and `classifier/`. Ctrl-C
+            leaves all of them as of the last whole epoch; without a folder it leaves nothing.
+        resume: go on with the run in `run_dir`, from its newest undamaged checkpoint. Without one, start
+            from the beginning; a finished run returns its result at once.
         reporters: listeners besides those of `run_dir`. Default: the console.
 
     Raises:
         DatasetError: undecodable photos, a class without photos, or unlabelled photos.
-        UsageError: a configuration that cannot work, or a `run_dir` that holds something.
-        TrainingError: the loss is no longer finite; the message names step and photos.
+        UsageError: a configuration that cannot work, a `run_dir` that holds something, or, to resume, a
+            run with another configuration or other photos; the message names what differs.
+        TrainingError: the loss is no longer finite; the message names step and photos. A checkpoint cannot be
+            written, or every one is damaged.
     """
-    run = _Run(
-        dataset, as_backbone(backbone), config or FinetuneConfig(), eval_dataset, _empty_folder(run_dir)
-    )
+    if resume and run_dir is None:
+        raise UsageError("resume=True needs the run_dir of the run to go on with")
+    folder = None if run_dir is None else _open_folder(Path(run_dir), resume=resume)
+    run = _Run(dataset, as_backbone(backbone), config or FinetuneConfig(), eval_dataset, folder)
+    if resume:
+        run.restore()
     return run.train(reporters)
 
 
@@ -104,9 +134,28 @@ class _Run:
         self.config, self.backbone, self.run_dir = config, backbone, run_dir
         # What can be refused before the scan is: it reads every photo.
         dataset.require_every_class()
-        class_weights(config.class_weight, dataset.classes, dataset.class_counts())
-        self.dataset = scan(dataset, max_bad_fraction=config.max_bad_fraction)
+        dataset.class_weights(config.class_weight)
+        self.mesh = make_mesh(config.batch_size)
+        # Never several steps in a loop on CPU: XLA's gradient of a convolution is many times slower there.
+        is_looped = jax.default_backend() != "cpu" and config.pipeline != "streaming"
+        self.block_capacity = min(config.log_every, STEPS_PER_DISPATCH) if is_looped else 1
+        self.dataset = dataset
+        self.state: TrainState
+        self._prepare()
+        self.dataset, self.photos, self.pipeline_note = choose_pipeline(
+            config.pipeline,
+            dataset,
+            backbone.preprocess,
+            config.augmentation,
+            self.mesh,
+            max_bad_fraction=config.max_bad_fraction,
+        )
         self.dataset.require_every_class()
+        is_looped_in_vain = self.photos is None and self.block_capacity > 1
+        if is_looped_in_vain:
+            self.block_capacity = 1
+        if is_looped_in_vain or self.dataset is not dataset:
+            self._prepare()
         self.eval_dataset = None
         if eval_dataset is not None:
             matched = eval_dataset.with_classes(dataset.classes)
@@ -115,29 +164,79 @@ class _Run:
                 raise DatasetError(
                     f"evaluation dataset {eval_dataset.name} needs images, all of them labelled"
                 )
-        self.steps_per_epoch = steps_per_epoch(len(self.dataset), config.batch_size)
-        self.mesh = make_mesh(config.batch_size)
-        self.schedule = make_schedule(config, self.steps_per_epoch)
-        self.state, self.train_step, self.eval_step = self._programs(self.mesh)
+        self.eval_batches: list[Batch] = []
+        self.first_step = self.step = 0
+        self.total = Totals()
         self.history: list[dict[str, Any]] = []
-        self.kept: tuple[Any, Any] | None = None
+        self.notes: list[str] = []
+        self.kept: Snapshot | None = None
+        self.checkpoints = None
+        self.terminated = threading.Event()
+        if run_dir is not None:
+            folder = run_dir / CHECKPOINTS_FOLDER
+            self.checkpoints = Checkpoints(
+                folder, self._identity(), self._environment(), num_kept=config.num_checkpoints
+            )
+
+    def restore(self) -> None:
+        """Go back to the newest good checkpoint, if there is one."""
+        assert self.checkpoints is not None
+        snapshot, self.notes = self.checkpoints.restore(self.state)
+        if snapshot is None:
+            self.notes.append(f"Nothing to resume in {self.run_dir}: starting from the beginning")
+            return
+        self.state = to_devices(snapshot.state, replicated(self.mesh))
+        self.first_step = self.step = snapshot.step
+        self.total, self.history = snapshot.totals, list(snapshot.history)
+        if self.step == len(self.history) * self.steps_per_epoch:
+            self.kept = snapshot
+        total = self.config.num_epochs * self.steps_per_epoch
+        self.notes.append(f"Resuming {self.run_dir} after step {self.step} of {total}")
 
     def train(self, reporters: Sequence[Reporter] | None) -> FinetuneResult:
         if reporters is None:
             reporters = [
-                ConsoleReporter(self.config.num_epochs, self.steps_per_epoch, self.config.batch_size)
+                ConsoleReporter(
+                    self.config.num_epochs, self.steps_per_epoch, self.config.batch_size, self.step
+                )
             ]
+        self._write_config()
         with ExitStack() as stack:
-            reporter = Reporters([*_run_reporters(self.run_dir), *reporters])
+            reporter = Reporters([*self._run_reporters(), *reporters])
             stack.callback(reporter.close)
             # Also on Ctrl-C and on errors: what the last whole epoch made is kept.
-            stack.push(partial(self._save, reporter))
-            self._write_config()
+            stack.push(partial(self._keep, reporter))
+            if self.run_dir is not None:
+                self.terminated = stack.enter_context(watch_termination())
             reporter.message(self._describe())
+            self.compiling.result()
             with closing(self._stream()) as stream:
-                for epoch in range(1, self.config.num_epochs + 1):
+                for epoch in range(len(self.history) + 1, self.config.num_epochs + 1):
                     self._train_epoch(epoch, stream, reporter)
         return FinetuneResult(self._classifier(), self.history, self.run_dir)
+
+    def _prepare(self) -> None:
+        """Make the state and the programs; the training step compiles from now on, while photos decode."""
+        self.steps_per_epoch = steps_per_epoch(len(self.dataset), self.config.batch_size)
+        self.schedule = make_schedule(self.config, self.steps_per_epoch)
+        self.state, self.train_step, self.eval_step = self._programs(self.mesh)
+        self.train_loop = make_train_loop(self.train_step, self.mesh)
+        pool = ThreadPoolExecutor(1)
+        # Traced here: JAX's settings may hold for this thread alone, and are part of what it keeps.
+        self.compiling = pool.submit(self._lowered().compile)
+        pool.shutdown(wait=False)
+
+    def _lowered(self) -> jax.stages.Lowered:
+        """The program that trains, ready to be compiled; JAX finds it again when it is called."""
+        size, shape = self.backbone.preprocess.size, [self.config.batch_size]
+        sharding = batch_sharding(self.mesh)
+        if self.block_capacity > 1:
+            shape, sharding = [self.block_capacity, *shape], steps_sharding(self.mesh)
+        images = jax.ShapeDtypeStruct((*shape, size, size, 3), np.uint8, sharding=sharding)
+        labels = jax.ShapeDtypeStruct(shape, np.int32, sharding=sharding)
+        if self.block_capacity > 1:
+            return self.train_loop.lower(self.state, images, labels, 1)
+        return self.train_step.lower(self.state, images, labels)
 
     def _programs(self, mesh: Mesh) -> tuple[TrainState, TrainStep, EvalStep]:
         config = self.config
@@ -163,87 +262,132 @@ class _Run:
             mesh,
             dropout=config.dropout,
             label_smoothing=config.label_smoothing,
-            weights=class_weights(config.class_weight, self.dataset.classes, self.dataset.class_counts()),
+            weights=self.dataset.class_weights(config.class_weight),
             ema_decay=config.ema_decay,
         )
         return jax.device_put(state, replicated(mesh)), train_step, make_eval_step(apply, preprocess, mesh)
 
     def _stream(self) -> Generator[Batch, None, None]:
+        config = self.config
+        if self.photos is not None:
+            if self.block_capacity == 1:
+                return self.photos.batches(
+                    batch_size=config.batch_size, seed=config.seed, first_step=self.step
+                )
+            return self.photos.blocks(
+                batch_size=config.batch_size,
+                seed=config.seed,
+                num_steps=block_sizes(self.steps_per_epoch, config.log_every, self.step),
+                first_step=self.step,
+                capacity=self.block_capacity,
+            )
         batches = training_batches(
             self.dataset,
             self.backbone.preprocess,
             self.config.augmentation,
             batch_size=self.config.batch_size,
             seed=self.config.seed,
+            first_step=self.step,
             num_workers=self.config.num_workers,
         )
         return on_devices(batches, batch_sharding(self.mesh))
 
     def _train_epoch(self, epoch: int, stream: Iterator[Batch], reporter: Reporter) -> None:
-        started = time.perf_counter()
-        total = _Totals()
+        started, num_seen_before = time.perf_counter(), self.total.num_seen
+        last_step = epoch * self.steps_per_epoch
         pending: list[tuple[np.ndarray, Sums]] = []
-        for step in range(1, self.steps_per_epoch + 1):
-            batch = next(stream)
-            _require_readable(batch)
-            self.state, sums = self.train_step(self.state, batch.images, batch.labels)
-            pending.append((batch.indices, sums))
-            if len(pending) == self.config.log_every or step == self.steps_per_epoch:
-                recent = self._fetch(pending, (epoch - 1) * self.steps_per_epoch + step)
-                total += recent
-                reporter.steps(
-                    len(pending),
-                    {"loss": recent.mean_loss, "error": 1 - recent.accuracy, "rate": self._rate(epoch, step)},
-                )
+        while self.step < last_step:
+            pending.append(self._advance(next(stream)))
+            is_logged = self.step % self.steps_per_epoch % self.config.log_every == 0
+            is_due = self._is_checkpoint_due()
+            if is_logged or is_due or self.step == last_step:
+                self._fetch(pending, reporter)
                 pending.clear()
+            if is_due:
+                self._checkpoint()
         seconds = time.perf_counter() - started
         row = {
             "epoch": epoch,
-            "step": epoch * self.steps_per_epoch,
-            "learning_rate": self._rate(epoch, self.steps_per_epoch),
-            "train_loss": total.mean_loss,
-            "train_accuracy": total.accuracy,
-            "images_per_second": total.num_seen / seconds,
+            "step": last_step,
+            "learning_rate": self._rate(last_step),
+            "train_loss": self.total.mean_loss,
+            "train_accuracy": self.total.accuracy,
+            "images_per_second": (self.total.num_seen - num_seen_before) / seconds,
             **self._evaluate(),
         }
-        self.kept = jax.device_get((self.state.best_params, self.state.batch_stats))
         self.history.append(row)
+        self.total = Totals()
+        self.kept = self._snapshot()
         reporter.epoch(row)
+        if self.checkpoints is not None and self.checkpoints.has_room_for(self.kept):
+            self.checkpoints.save(self.kept)
 
-    def _rate(self, epoch: int, step: int) -> float:
-        rate = self.schedule((epoch - 1) * self.steps_per_epoch + step - 1)
+    def _advance(self, batch: Batch) -> tuple[np.ndarray, Sums]:
+        """Do the steps of a batch, or of a block of batches: their photos [n, B], and their sums."""
+        _require_readable(batch)
+        if batch.indices.ndim == 1:
+            self.state, sums = self.train_step(self.state, batch.images, batch.labels)
+        else:
+            self.state, sums = self.train_loop(self.state, batch.images, batch.labels, len(batch.indices))
+        indices = np.atleast_2d(batch.indices)
+        self.step += len(indices)
+        return indices, sums
+
+    def _snapshot(self) -> Snapshot:
+        return Snapshot(to_host(self.state), self.total, tuple(self.history))
+
+    def _is_checkpoint_due(self) -> bool:
+        if self.checkpoints is None:
+            return False
+        is_late = self.checkpoints.seconds_since_save >= self.config.checkpoint_seconds
+        is_within_epoch = self.step % self.steps_per_epoch > 0
+        return self.terminated.is_set() or (is_late and is_within_epoch and not self.checkpoints.is_writing)
+
+    def _checkpoint(self) -> None:
+        """Save between two steps; leave if the process was asked to end."""
+        assert self.checkpoints is not None
+        self.checkpoints.save(self._snapshot())
+        if self.terminated.is_set():
+            raise SystemExit(TERMINATED)
+
+    def _rate(self, step: int) -> float:
         # Through str: the shortest decimal that is this float32, 0.05 and not 0.05000000074505806.
-        return float(str(np.float32(rate)))
+        return float(str(np.float32(self.schedule(step - 1))))
 
-    def _fetch(self, pending: list[tuple[np.ndarray, Sums]], last_step: int) -> "_Totals":
-        """The sums of some steps, from the device; the first loss that is not finite ends the run."""
+    def _fetch(self, pending: Sequence[tuple[np.ndarray, Sums]], reporter: Reporter) -> None:
+        """Add up the last steps' sums; the first loss that is not finite ends the run."""
         fetched = jax.device_get([sums for _, sums in pending])
-        for number, ((indices, _), sums) in enumerate(zip(pending, fetched, strict=True)):
-            if not np.isfinite(sums.loss):
-                step = last_step - len(pending) + number + 1
-                ids = ", ".join(self.dataset.ids[i] for i in indices)
+        indices = [batch for block, _ in pending for batch in block]
+        totals = [
+            one
+            for (block, _), sums in zip(pending, fetched, strict=True)
+            for one in _totals(sums)[: len(block)]
+        ]
+        for number, (batch, one) in enumerate(zip(indices, totals, strict=True), start=1):
+            if not np.isfinite(one.loss):
+                ids = ", ".join(self.dataset.ids[i] for i in batch)
                 raise TrainingError(
-                    f"the loss is {sums.loss} at step {step}: lower the learning rates, "
-                    f"or look at the batch: {ids}"
+                    f"the loss is {one.loss} at step {self.step - len(totals) + number}: lower the learning "
+                    f"rates, or look at the batch: {ids}"
                 )
-        return _total(fetched)
+        # Step by step, so that the sum's last bits do not depend on where a run was interrupted.
+        self.total = sum(totals, start=self.total)
+        recent = sum(totals, start=Totals())
+        rate = self._rate(self.step)
+        reporter.steps(len(totals), {"loss": recent.mean_loss, "error": 1 - recent.accuracy, "rate": rate})
 
     def _evaluate(self) -> dict[str, Any]:
         if self.eval_dataset is None:
             return {}
         fetched = []
-        batches = evaluation_batches(
-            self.eval_dataset,
-            self.backbone.preprocess,
-            batch_size=self.config.batch_size,
-            num_workers=self.config.num_workers,
-        )
-        with closing(on_devices(batches, batch_sharding(self.mesh))) as stream:
+        with closing(self._eval_stream()) as stream:
             for batch in stream:
                 _require_readable(batch)
                 params, batch_stats = self.state.best_params, self.state.batch_stats
                 fetched.append(self.eval_step(params, batch_stats, batch.images, batch.labels, batch.mask))
-        total = _total(fetched)
+                if self.terminated.is_set():
+                    self._checkpoint()
+        total = sum((one for sums in jax.device_get(fetched) for one in _totals(sums)), start=Totals())
         if not np.isfinite(total.loss):
             raise TrainingError(
                 f"the evaluation loss is {total.loss} after step {int(self.state.step)}: "
@@ -256,9 +400,27 @@ class _Run:
             "eval_num_seen": total.num_seen,
         }
 
+    def _eval_stream(self) -> Generator[Batch, None, None]:
+        """The evaluation set; kept on the devices after the first time if it fits, its views being fixed."""
+        assert self.eval_dataset is not None
+        if self.eval_batches:
+            yield from self.eval_batches
+            return
+        config, preprocess = self.config, self.backbone.preprocess
+        batches = evaluation_batches(
+            self.eval_dataset, preprocess, batch_size=config.batch_size, num_workers=config.num_workers
+        )
+        num_bytes = len(self.eval_dataset) * preprocess.size**2 * 3
+        is_kept = config.pipeline != "streaming" and num_bytes <= memory_budget(self.mesh)
+        with closing(on_devices(batches, batch_sharding(self.mesh))) as stream:
+            for batch in stream:
+                if is_kept:
+                    self.eval_batches.append(batch)
+                yield batch
+
     def _classifier(self) -> Classifier:
         assert self.kept is not None
-        params, batch_stats = self.kept
+        params, batch_stats = self.kept.state.best_params, self.kept.state.batch_stats
         backbone = Backbone(
             architecture=self.backbone.architecture,
             variables={"params": params["backbone"], "batch_stats": batch_stats},
@@ -272,20 +434,77 @@ class _Run:
             "dataset": self.dataset.name,
             "num_images": len(self.dataset),
             "config": asdict(self.config),
-            "num_epochs_done": len(self.history),
+            "num_epochs_done": len(self.kept.history),
         }
         return Classifier(backbone, Head(**params["head"]), self.dataset.classes, provenance)
 
-    def _save(self, reporter: Reporter, kind: type[BaseException] | None, *_: object) -> None:
-        if self.run_dir is None or self.kept is None:
+    def _keep(self, reporter: Reporter, kind: type[BaseException] | None, *_: object) -> None:
+        """Leave the last whole epoch's classifier and a checkpoint of it, or of a later step."""
+        if self.run_dir is None or self.checkpoints is None:
             return
-        path = self.run_dir / CLASSIFIER_FOLDER
-        if kind is not None:
-            reporter.message(
-                f"Stopped: keeping epoch {len(self.history)} of {self.config.num_epochs} in {path}"
-            )
-        with _no_interrupts():
+        with no_interrupts():
+            try:
+                if self.kept is not None:
+                    path = self.run_dir / CLASSIFIER_FOLDER
+                    self._save_classifier(path, reporter, is_stopped=kind is not None)
+            finally:
+                self.checkpoints.wait()
+                if self.kept is not None and self.kept.position > (self.checkpoints.newest or (0, 0)):
+                    self.checkpoints.save(self.kept)
+                    self.checkpoints.wait()
+        if kind is not None and self.checkpoints.newest is not None:
+            reporter.message(f"The run can be resumed after step {self.checkpoints.newest[0]}")
+
+    def _is_saved(self, path: Path) -> bool:
+        """Whether a run that had ended before left its classifier: it stays, with what was exported since."""
+        assert self.kept is not None
+        if self.first_step < self.config.num_epochs * self.steps_per_epoch:
+            return False
+        try:
+            return load(path).provenance.get("num_epochs_done") == len(self.kept.history)
+        except ClassifierError:
+            return False
+
+    def _save_classifier(self, path: Path, reporter: Reporter, *, is_stopped: bool) -> None:
+        if self._is_saved(path):
+            return
+        if not is_stopped:
             self._classifier().save(path)
+            return
+        assert self.kept is not None
+        done = f"epoch {len(self.kept.history)} of {self.config.num_epochs}"
+        try:
+            self._classifier().save(path)
+            reporter.message(f"Stopped: keeping {done} in {path}")
+        except ClassifierError as error:  # what stopped the run matters more
+            reporter.message(f"Stopped: {done} is not kept: {error}")
+
+    def _identity(self) -> dict[str, Any]:
+        config = {name: value for name, value in asdict(self.config).items() if name not in WITHOUT_EFFECT}
+        return {
+            **config,
+            "architecture": self.backbone.architecture,
+            "weights": checksum(self.backbone.variables),
+            "preprocess": self.backbone.preprocess.to_json(),
+            "training photos": fingerprint(self.dataset),
+            "evaluation photos": None if self.eval_dataset is None else fingerprint(self.eval_dataset),
+        }
+
+    def _environment(self) -> str:
+        photos = "streamed" if self.photos is None else "resident"
+        return (
+            f"{self.mesh.size} x {jax.devices()[0].device_kind} with jax {version('jax')}, {photos} photos, "
+            f"up to {self.block_capacity} steps a dispatch"
+        )
+
+    def _run_reporters(self) -> list[Reporter]:
+        if self.run_dir is None:
+            return []
+        return [
+            MetricsReporter(self.run_dir, self.history),
+            TensorBoardReporter(self.run_dir, self.step),
+            PlotReporter(self.run_dir, self.history),
+        ]
 
     def _write_config(self) -> None:
         if self.run_dir is None:
@@ -303,7 +522,7 @@ class _Run:
             },
         }
         text = json.dumps(description, indent=2, ensure_ascii=False)
-        (self.run_dir / "config.json").write_text(text + "\n", encoding="utf-8")
+        (self.run_dir / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
         if self.eval_dataset is not None:
             ids = "".join(f"{i}\n" for i in self.eval_dataset.ids)
             (self.run_dir / "test_ids.txt").write_text(ids, encoding="utf-8")
@@ -327,28 +546,8 @@ class _Run:
             lines.append(
                 f"The training set is smaller than a batch of {config.batch_size}: images repeat within it"
             )
-        lines += self.dataset.notes
+        lines += [self.pipeline_note, *self.dataset.notes, *self.notes]
         return "\n".join(lines)
-
-
-@dataclass(frozen=True)
-class _Totals:
-    loss: float = 0.0
-    num_correct: int = 0
-    num_seen: int = 0
-
-    def __add__(self, other: "_Totals") -> "_Totals":
-        return _Totals(
-            self.loss + other.loss, self.num_correct + other.num_correct, self.num_seen + other.num_seen
-        )
-
-    @property
-    def mean_loss(self) -> float:
-        return self.loss / self.num_seen
-
-    @property
-    def accuracy(self) -> float:
-        return self.num_correct / self.num_seen
 
 
 def _require_readable(batch: Batch) -> None:
@@ -356,37 +555,24 @@ def _require_readable(batch: Batch) -> None:
         raise DatasetError(f"a photo became unreadable during training: {message}")
 
 
-@contextmanager
-def _no_interrupts() -> Iterator[None]:
-    """Hold off Ctrl-C; only the main thread gets it, and may."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
+def _totals(sums: Sums) -> list[Totals]:
+    """Of one step, or of each of several."""
+    return [
+        Totals(*values) for values in zip(*(np.atleast_1d(value).tolist() for value in sums), strict=True)
+    ]
 
 
-def _total(sums: Sequence[Sums]) -> _Totals:
-    return _Totals(*(sum(values).item() for values in zip(*jax.device_get(sums), strict=True)))
-
-
-def _run_reporters(run_dir: Path | None) -> list[Reporter]:
-    if run_dir is None:
-        return []
-    return [MetricsReporter(run_dir), TensorBoardReporter(run_dir), PlotReporter(run_dir)]
-
-
-def _empty_folder(path: str | Path | None) -> Path | None:
-    if path is None:
-        return None
-    folder = Path(path)
+def _open_folder(folder: Path, *, resume: bool) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if any(folder.iterdir()):
-            raise UsageError(f"{folder} is not empty: give each run a folder of its own")
+        if not any(folder.iterdir()):
+            return folder
     except OSError as error:
         raise UsageError(f"{folder} cannot hold a run: {error.strerror}") from error
+    if not resume:
+        raise UsageError(
+            f"{folder} is not empty: give each run a folder of its own, or resume its run (--resume)"
+        )
+    if not (folder / CONFIG_FILE).exists():
+        raise UsageError(f"{folder} holds no run to resume, but something else: give another folder")
     return folder

@@ -2,17 +2,21 @@
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from etils import epy
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from tensorboardX import SummaryWriter
 
 from jaxcls.evaluation import plots
 
+with epy.lazy_imports():
+    import tensorboardX  # only a run that is written to a folder needs it
+
 Row = Mapping[str, Any]
+SPEED = "images_per_second"
 
 
 class Reporter:
@@ -25,7 +29,7 @@ class Reporter:
         """`num_steps` more are done; `row` has their mean `loss` and `error`, and the learning `rate`."""
 
     def epoch(self, row: Row) -> None:
-        """An epoch is done; `row` is one line of `metrics.jsonl`."""
+        """An epoch is done; `row` is its row of the history."""
 
     def close(self) -> None:
         """The run has ended or failed."""
@@ -55,9 +59,14 @@ class Reporters(Reporter):
 
 
 class ConsoleReporter(Reporter):
-    """A live bar on a terminal, and in any case one line per epoch, on standard error."""
+    """A live bar on a terminal, and in any case one line per epoch, on standard error.
 
-    def __init__(self, num_epochs: int, steps_per_epoch: int, batch_size: int) -> None:
+    Args:
+        num_epochs, steps_per_epoch, batch_size: of the run.
+        step: the number of steps done before.
+    """
+
+    def __init__(self, num_epochs: int, steps_per_epoch: int, batch_size: int, step: int = 0) -> None:
         self._console = Console(stderr=True, highlight=False, soft_wrap=True)
         self._batch_size = batch_size
         self._num_epochs = num_epochs
@@ -71,7 +80,8 @@ class ConsoleReporter(Reporter):
             transient=True,
             disable=not self._console.is_terminal,
         )
-        self._task = self._bar.add_task("training", total=num_epochs * steps_per_epoch, state="")
+        total = num_epochs * steps_per_epoch
+        self._task = self._bar.add_task("training", total=total, completed=step, state="")
         self._since = time.perf_counter()
 
     def message(self, text: str) -> None:
@@ -94,13 +104,21 @@ class ConsoleReporter(Reporter):
 
 
 class MetricsReporter(Reporter):
-    """Writes one JSON object per epoch to `metrics.jsonl`."""
+    """Writes one JSON object per epoch to `metrics.jsonl`: what the configuration determines, so no speed.
 
-    def __init__(self, run_dir: Path) -> None:
-        self._file = (run_dir / "metrics.jsonl").open("a", encoding="utf-8")
+    Args:
+        run_dir: the folder.
+        history: the rows before, written again: the file may hold more, or half a line.
+    """
+
+    def __init__(self, run_dir: Path, history: Iterable[Row] = ()) -> None:
+        self._file = (run_dir / "metrics.jsonl").open("w", encoding="utf-8")
+        for row in history:
+            self.epoch(row)
 
     def epoch(self, row: Row) -> None:
-        self._file.write(json.dumps(row) + "\n")
+        reproducible = {name: value for name, value in row.items() if name != SPEED}
+        self._file.write(json.dumps(reproducible) + "\n")
         self._file.flush()
 
     def close(self) -> None:
@@ -108,11 +126,16 @@ class MetricsReporter(Reporter):
 
 
 class TensorBoardReporter(Reporter):
-    """Scalars of steps and epochs as TensorBoard events."""
+    """Scalars of steps and epochs as TensorBoard events.
 
-    def __init__(self, run_dir: Path) -> None:
-        self._writer = SummaryWriter(str(run_dir))
-        self._step = 0
+    Args:
+        run_dir: the folder.
+        step: the number of steps done before; TensorBoard hides what was written of later ones.
+    """
+
+    def __init__(self, run_dir: Path, step: int = 0) -> None:
+        self._writer = tensorboardX.SummaryWriter(str(run_dir), purge_step=step + 1)
+        self._step = step
 
     def steps(self, num_steps: int, row: Row) -> None:
         self._step += num_steps
@@ -130,11 +153,16 @@ class TensorBoardReporter(Reporter):
 
 
 class PlotReporter(Reporter):
-    """Training and evaluation accuracy by epoch, as `accuracy.png`."""
+    """Training and evaluation accuracy by epoch, as `accuracy.png`.
 
-    def __init__(self, run_dir: Path) -> None:
+    Args:
+        run_dir: the folder.
+        history: the rows before.
+    """
+
+    def __init__(self, run_dir: Path, history: Iterable[Row] = ()) -> None:
         self._path = run_dir / "accuracy.png"
-        self._history: list[Row] = []
+        self._history = list(history)
 
     def epoch(self, row: Row) -> None:
         self._history.append(row)
@@ -148,7 +176,7 @@ def epoch_line(row: Row, num_epochs: int) -> str:
     """One epoch as a line of text."""
     text = (
         f"epoch {row['epoch']:>3}/{num_epochs}  rate {row['learning_rate']:g}  loss {row['train_loss']:.4f}  "
-        f"error {1 - row['train_accuracy']:.2%}  {row['images_per_second']:.1f} images/s"
+        f"error {1 - row['train_accuracy']:.2%}  {row[SPEED]:.1f} images/s"
     )
     if row.get("eval_accuracy") is None:
         return text

@@ -1,7 +1,8 @@
 """One training step and one evaluation step, as pure functions compiled over the mesh."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from inspect import unwrap
 from typing import Any, NamedTuple
 
 import jax
@@ -10,10 +11,14 @@ import optax
 from jax.sharding import Mesh
 
 from jaxcls.classifier import apply_head
+from jaxcls.models.convolution import compiler_options
 from jaxcls.models.resnet import Apply
-from jaxcls.parallel import batch_sharding, replicated
+from jaxcls.parallel import batch_sharding, replicated, steps_sharding
 from jaxcls.preprocess import Preprocess
 from jaxcls.train.state import TrainState
+
+STEPS_PER_DISPATCH = 10
+"""At most, on accelerators; the images of so many steps are held at once."""
 
 
 class Sums(NamedTuple):
@@ -29,7 +34,10 @@ class Sums(NamedTuple):
     num_seen: jax.Array
 
 
-TrainStep = Callable[[TrainState, jax.Array, jax.Array], tuple[TrainState, Sums]]
+TrainStep = jax.stages.Wrapped
+"""(state, images, labels) -> (state, sums); `lower(...).compile()` compiles it ahead."""
+TrainLoop = jax.stages.Wrapped
+"""(state, images, labels, num_steps) -> (state, sums); see `make_train_loop`."""
 EvalStep = Callable[[Any, Any, jax.Array, jax.Array, jax.Array], Sums]
 
 
@@ -90,7 +98,54 @@ def make_train_step(
         ), sums
 
     whole, sharded = replicated(mesh), batch_sharding(mesh)
-    return jax.jit(step, donate_argnums=0, in_shardings=(whole, sharded, sharded), out_shardings=whole)
+    return jax.jit(
+        step,
+        donate_argnums=0,
+        in_shardings=(whole, sharded, sharded),
+        out_shardings=whole,
+        compiler_options=compiler_options(mesh.devices.flat[0].platform),
+    )
+
+
+def make_train_loop(step: TrainStep, mesh: Mesh) -> TrainLoop:
+    """Compile `loop(state, images uint8 [K, B, H, W, 3], labels int32 [K, B], n) -> (state, sums [K])`.
+
+    It does the first n <= K steps in one dispatch, without a compilation for each n; later sums are 0.
+    For accelerators: inside a CPU loop XLA's gradient of a convolution is many times slower.
+    """
+
+    # XLA takes options for a whole program only.
+    one_step = unwrap(step)
+
+    def loop(
+        state: TrainState, images: jax.Array, labels: jax.Array, num_steps: jax.Array
+    ) -> tuple[TrainState, Sums]:
+        def body(i: jax.Array, carry: tuple[TrainState, Sums]) -> tuple[TrainState, Sums]:
+            state, sums = carry
+            state, one = one_step(state, images[i], labels[i])
+            return state, jax.tree.map(lambda values, value: values.at[i].set(value), sums, one)
+
+        kinds = jax.eval_shape(one_step, state, images[0], labels[0])[1]
+        sums = jax.tree.map(lambda kind: jnp.zeros(len(images), kind.dtype), kinds)
+        return jax.lax.fori_loop(0, num_steps, body, (state, sums))
+
+    whole, sharded = replicated(mesh), steps_sharding(mesh)
+    return jax.jit(
+        loop,
+        donate_argnums=0,
+        in_shardings=(whole, sharded, sharded, whole),
+        out_shardings=whole,
+        compiler_options=compiler_options(mesh.devices.flat[0].platform),
+    )
+
+
+def block_sizes(steps_per_epoch: int, log_every: int, first_step: int = 0) -> Iterator[int]:
+    """How many steps one dispatch after another does: none passes an epoch's end or a step that is logged."""
+    step = first_step % steps_per_epoch
+    while True:
+        num_steps = min(STEPS_PER_DISPATCH, log_every - step % log_every, steps_per_epoch - step)
+        yield num_steps
+        step = (step + num_steps) % steps_per_epoch
 
 
 def make_eval_step(apply: Apply, preprocess: Preprocess, mesh: Mesh) -> EvalStep:
@@ -104,7 +159,12 @@ def make_eval_step(apply: Apply, preprocess: Preprocess, mesh: Mesh) -> EvalStep
         return Sums(jnp.sum(losses), jnp.sum((logits.argmax(-1) == labels) & mask), jnp.sum(mask))
 
     whole, sharded = replicated(mesh), batch_sharding(mesh)
-    return jax.jit(step, in_shardings=(whole, whole, sharded, sharded, sharded), out_shardings=whole)
+    return jax.jit(
+        step,
+        in_shardings=(whole, whole, sharded, sharded, sharded),
+        out_shardings=whole,
+        compiler_options=compiler_options(mesh.devices.flat[0].platform),
+    )
 
 
 def cross_entropy(logits: jax.Array, labels: jax.Array, label_smoothing: float = 0.0) -> jax.Array:

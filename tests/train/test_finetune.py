@@ -12,8 +12,9 @@ from PIL import Image
 
 import jaxcls.train.finetune
 from jaxcls.classifier import load
-from jaxcls.data.dataset import Dataset, MemorySource
+from jaxcls.data.dataset import Dataset
 from jaxcls.data.folder import read_folder
+from jaxcls.data.source import MemorySource
 from jaxcls.errors import DatasetError, TrainingError, UsageError
 from jaxcls.parallel import make_mesh
 from jaxcls.scoring import make_scorer, predict
@@ -154,13 +155,13 @@ def test_the_run_folder(run, photos):
     names = {path.name for path in result.run_dir.iterdir()}
     events = {name for name in names if name.startswith("events.out.tfevents")}
     assert len(events) == 1
-    expected = {"config.json", "test_ids.txt", "metrics.jsonl", "accuracy.png", "classifier"}
+    expected = {"config.json", "test_ids.txt", "metrics.jsonl", "accuracy.png", "checkpoints", "classifier"}
     assert names - events == expected
     ids = (result.run_dir / "test_ids.txt").read_text(encoding="utf-8").split("\n")[:-1]
     assert set(ids) <= set(photos.ids)
     assert len(ids) == result.history[0]["eval_num_seen"]
     rows = [json.loads(line) for line in (result.run_dir / "metrics.jsonl").read_text().splitlines()]
-    assert rows == result.history
+    assert rows == [{k: v for k, v in row.items() if k != "images_per_second"} for row in result.history]
     written = json.loads((result.run_dir / "config.json").read_text())
     assert written["config"]["learning_rates"] == [0.03, 0.025, 1e30]
     assert written["config"]["seed"] == 0
@@ -242,9 +243,51 @@ def test_one_device_trains_as_two(photos, backbone, monkeypatch):
     np.testing.assert_allclose(*losses, rtol=1e-5)
 
 
+def losses_of(dataset, backbone, config, num_steps):
+    recorder = StopAt(step=num_steps)
+    with pytest.raises(KeyboardInterrupt):
+        finetune(dataset, backbone, config, reporters=[recorder])
+    return recorder
+
+
+def test_resident_and_streamed_photos_train_alike(photos, backbone, run):
+    """Without random crops the pixels are the same, and so are the losses, to the bit."""
+    recorder = losses_of(photos, backbone, replace(CONFIG, pipeline="streaming"), 5)
+    assert "Streaming, as configured" in recorder.messages[0]
+    assert "Resident: decoded once, 0.0 MiB on each device" in run[1].messages[0]
+    assert recorder.losses == run[1].losses[:5]
+
+
+@SLOW
+def test_random_crops_of_resident_and_streamed_photos_train_alike(photos, backbone):
+    """Batch norm over 6 values would multiply the rounding of pixels."""
+    config = replace(CONFIG, min_crop_area=0.3, colour_jitter=0.2, batch_norm="frozen")
+    losses = [
+        losses_of(photos, backbone, replace(config, pipeline=pipeline), 5).losses
+        for pipeline in ("resident", "streaming")
+    ]
+    np.testing.assert_allclose(*losses, rtol=1e-3)
+    assert np.ptp(losses[0]) > 0.01
+
+
+@SLOW
+def test_steps_in_blocks_train_as_one_by_one(photos, backbone, monkeypatch):
+    """As on accelerators; batch norm over 6 values would multiply the rounding of another program."""
+    config = replace(CONFIG, batch_norm="frozen", precision="float32")
+    one_by_one = losses_of(photos, backbone, config, 6).losses
+    monkeypatch.setattr(jax, "default_backend", lambda: "accelerator")
+    rows = []
+    reporter = Reporter()
+    reporter.steps = lambda num_steps, row: rows.append((num_steps, row["loss"]))
+    finetune(photos, backbone, replace(config, log_every=2), reporters=[reporter])
+    assert [num_steps for num_steps, _ in rows] == [2, 1] * 2
+    expected = [np.mean(one_by_one[i : i + n]) for i, n in ((0, 2), (2, 1), (3, 2), (5, 1))]
+    np.testing.assert_allclose([loss for _, loss in rows], expected, rtol=1e-3)
+
+
 @SLOW
 def test_worker_processes_change_nothing(photos, backbone, one_epoch):
-    result = finetune(photos, backbone, replace(ONE_EPOCH, num_workers=2), reporters=[])
+    result = finetune(photos, backbone, replace(ONE_EPOCH, num_workers=2, pipeline="streaming"), reporters=[])
     assert_same(result.classifier.weights, one_epoch.classifier.weights)
 
 
@@ -297,7 +340,7 @@ def test_an_evaluation_that_shows_divergence_keeps_the_epoch_before(
     photos, backbone, eval_photos, monkeypatch
 ):
     """The last step of an epoch ruins the parameters after its own loss was computed."""
-    monkeypatch.setattr(jaxcls.train.finetune, "make_train_step", lambda *args, **options: ruin)
+    monkeypatch.setattr(jaxcls.train.finetune, "make_train_step", lambda *args, **options: jax.jit(ruin))
 
     def ruin(state, images, labels):
         bias = state.params["head"]["bias"] + np.nan
@@ -321,19 +364,19 @@ def test_a_training_set_smaller_than_a_batch_repeats(backbone):
 
 @pytest.fixture
 def spoilt(tmp_path):
-    """5 photos of each class, one of them undecodable."""
-    folder = write_photos(tmp_path / "spoilt", {"blue": 5, "red": 5})
+    """17 photos, one of them undecodable; with and without it, as many steps as the other runs have."""
+    folder = write_photos(tmp_path / "spoilt", {"blue": 8, "red": 9})
     (folder / "red" / "3.png").write_bytes(b"no picture")
     return read_folder(folder)
 
 
 def test_undecodable_photos_are_refused_or_left_out(spoilt, backbone):
-    with pytest.raises(DatasetError, match=r"1 of 10 images cannot be decoded(.|\n)*3\.png"):
+    with pytest.raises(DatasetError, match=r"1 of 17 images cannot be decoded(.|\n)*3\.png"):
         finetune(spoilt, backbone, CONFIG, reporters=[])
     recorder = StopAt(step=0)
     with pytest.raises(KeyboardInterrupt):
         finetune(spoilt, backbone, replace(CONFIG, max_bad_fraction=0.1), reporters=[recorder])
-    assert "on 9 images" in recorder.messages[0]
+    assert "on 16 images" in recorder.messages[0]
     assert re.search(r"1 undecodable images left out:\n .*3\.png", recorder.messages[0])
 
 
@@ -349,11 +392,12 @@ class Remove(Reporter):
 
 @pytest.mark.parametrize("part", ["training", "evaluation"])
 def test_a_photo_that_vanishes_during_the_run_ends_it(photos, backbone, tmp_path, part):
-    vanishing = read_folder(write_photos(tmp_path / "photos", {"blue": 6, "red": 6}))
+    vanishing = read_folder(write_photos(tmp_path / "photos", {"blue": 8, "red": 8}))
     training, evaluation = (vanishing, photos) if part == "training" else (photos, vanishing)
     path = vanishing.source.path(5)
+    streaming = replace(ONE_EPOCH, pipeline="streaming")
     with pytest.raises(DatasetError, match=f"unreadable during training: .*{path.name}"):
-        finetune(training, backbone, ONE_EPOCH, eval_dataset=evaluation, reporters=[Remove(path)])
+        finetune(training, backbone, streaming, eval_dataset=evaluation, reporters=[Remove(path)])
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,6 @@ import numpy as np
 import optax
 import pytest
 
-from jaxcls.data.dataset import class_weights
 from jaxcls.errors import UsageError
 from jaxcls.models.resnet import init_variables
 from jaxcls.train.config import FinetuneConfig
@@ -208,27 +207,6 @@ def test_frozen_batch_norm_clips_the_gradient_at_1():
         updates, _ = optimizer.update(gradient, optimizer.init(params), params)
         norms[batch_norm] = float(optax.tree.norm(updates))
     assert norms == pytest.approx({"train": 100 * np.sqrt(12), "frozen": 1.0})
-
-
-def test_balanced_class_weights_are_scikit_learns():
-    from sklearn.utils.class_weight import compute_class_weight
-
-    labels = np.repeat([0, 1, 2], [2, 5, 11])
-    expected = compute_class_weight("balanced", classes=np.arange(3), y=labels)
-    weights = class_weights("balanced", ("a", "b", "c"), np.bincount(labels))
-    assert weights.dtype == np.float32
-    np.testing.assert_allclose(weights, expected, rtol=1e-6)
-
-
-def test_class_weights_by_name_are_1_elsewhere():
-    np.testing.assert_array_equal(class_weights({"b": 3.0}, ("a", "b"), np.asarray([1, 1])), [1.0, 3.0])
-    assert class_weights(None, ("a", "b"), np.asarray([1, 1])) is None
-
-
-@pytest.mark.parametrize("rule", ["equal", {"c": 1.0}, {"a": -1.0}])
-def test_class_weights_that_cannot_work_are_refused(rule):
-    with pytest.raises(UsageError, match="class_weight"):
-        class_weights(rule, ("a", "b"), np.asarray([1, 1]))
 
 
 @pytest.mark.parametrize(

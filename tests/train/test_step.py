@@ -1,5 +1,7 @@
 """The training and evaluation step on networks small enough to work out by hand."""
 
+from dataclasses import replace
+from itertools import islice
 from types import SimpleNamespace
 
 import flax.linen as nn
@@ -9,10 +11,17 @@ import numpy as np
 import optax
 import pytest
 
-from jaxcls.parallel import batch_sharding, make_mesh
+from jaxcls.parallel import batch_sharding, make_mesh, replicated
 from jaxcls.preprocess import Preprocess
 from jaxcls.train.state import TrainState, init_state
-from jaxcls.train.step import cross_entropy, drop, make_eval_step, make_train_step
+from jaxcls.train.step import (
+    block_sizes,
+    cross_entropy,
+    drop,
+    make_eval_step,
+    make_train_loop,
+    make_train_step,
+)
 
 B, D, K = 8, 5, 3
 PREPROCESS = Preprocess(size=2)
@@ -181,6 +190,65 @@ def test_the_state_is_donated():
     new, _ = make_step(num_devices=1)(state, draw_images(), LABELS)
     assert state.params["head"]["kernel"].is_deleted()
     assert not new.params["head"]["kernel"].is_deleted()
+
+
+@pytest.mark.parametrize("num_steps", [3, 4])
+def test_a_loop_of_steps_is_the_steps_one_by_one(num_steps):
+    optimizer = optax.sgd(RATE, momentum=0.9)
+    images = np.stack([draw_images(seed) for seed in range(4)])
+    labels = np.stack([np.roll(LABELS, shift) for shift in range(4)])
+    states = [make_state(optimizer, ema_params=jax.tree.map(jnp.asarray, draw_params())) for _ in range(2)]
+    step = make_step(optimizer=optimizer, dropout=0.5, ema_decay=0.75)
+    loop = make_train_loop(step, make_mesh(B))
+    state, sums = loop(states[0], images, labels, num_steps)
+    one_by_one, expected = states[1], []
+    for i in range(num_steps):
+        one_by_one, one = step(one_by_one, images[i], labels[i])
+        expected.append(one)
+    assert int(state.step) == num_steps
+    for name, values in sums._asdict().items():
+        assert values.shape == (4,)
+        np.testing.assert_allclose(values[:num_steps], [getattr(one, name) for one in expected], rtol=1e-6)
+        assert not values[num_steps:].any()
+    state, one_by_one = (replace(s, key=jax.random.key_data(s.key)) for s in (state, one_by_one))
+    for leaf, other in zip(jax.tree.leaves(state), jax.tree.leaves(one_by_one), strict=True):
+        np.testing.assert_allclose(leaf, other, rtol=1e-5, atol=1e-7)
+
+
+def test_a_loop_compiles_once_for_any_number_of_steps_and_donates_its_state():
+    mesh, num_compiled = make_mesh(B), 0
+
+    def count(event, duration, **kwargs):
+        nonlocal num_compiled
+        num_compiled += event == "/jax/core/compile/backend_compile_duration"
+
+    loop = make_train_loop(make_step(), mesh)
+    images, labels = np.stack([draw_images()] * 3), np.stack([LABELS] * 3)
+    state = first = jax.device_put(make_state(SGD), replicated(mesh))
+    jax.monitoring.register_event_duration_secs_listener(count)
+    try:
+        for num_steps in (3, 1, 2):
+            state, _ = loop(state, images, labels, num_steps)
+    finally:
+        jax.monitoring.unregister_event_duration_listener(count)
+    assert num_compiled == 1
+    assert int(state.step) == 6
+    assert first.params["head"]["kernel"].is_deleted()
+
+
+@pytest.mark.parametrize(
+    ("steps_per_epoch", "log_every", "first_step", "expected"),
+    [
+        (23, 10, 0, [10, 10, 3, 10, 10, 3]),
+        (23, 25, 0, [10, 10, 3, 10]),
+        (30, 25, 0, [10, 10, 5, 5, 10]),
+        (4, 1, 0, [1, 1, 1, 1, 1]),
+        (23, 10, 33, [10, 3, 10]),
+        (23, 10, 25, [8, 10, 3, 10]),
+    ],
+)
+def test_blocks_of_steps_end_with_epochs_and_logged_steps(steps_per_epoch, log_every, first_step, expected):
+    assert list(islice(block_sizes(steps_per_epoch, log_every, first_step), len(expected))) == expected
 
 
 def test_training_leaves_the_backbone_as_it_was():

@@ -1,4 +1,4 @@
-"""Fine-tune, evaluate and serve ResNet image classifiers in JAX.
+"""Fine-tune, evaluate and score with ResNet image classifiers in JAX.
 
 Names are imported on first use: `import jaxcls` alone loads neither JAX nor scikit-learn.
 """
@@ -16,17 +16,20 @@ with epy.lazy_api_imports(globals()):
         data,
         errors,
         evaluation,
+        manifest,
         models,
         parallel,
         pipeline,
         predictions,
         preprocess,
+        program,
+        resident,
         scoring,
         storage,
         svm,
         train,
     )
-    from jaxcls.classifier import Classifier, Head, create_model, imagenet_classifier, load
+    from jaxcls.classifier import Classifier, Head, create_model, imagenet_classifier, load, load_program
     from jaxcls.data.dataset import Dataset, scan
     from jaxcls.data.folder import read_folder
     from jaxcls.errors import JaxclsError

@@ -1,32 +1,45 @@
 """`Classifier`: what training produces, and all that prediction, export and serving need."""
 
-import json
 import math
-import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, get_args
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 from safetensors.numpy import save as serialize
 
 from jaxcls.errors import ClassifierError, UsageError
+from jaxcls.manifest import (
+    FORMAT,
+    FORMAT_VERSION,
+    MANIFEST,
+    PARITY,
+    WEIGHTS,
+    check_file,
+    check_programs,
+    read_manifest,
+    read_program,
+    write_manifest,
+    write_program,
+)
+from jaxcls.models.architecture import abstract_variables, find_architecture
+from jaxcls.models.fold import apply_folded, fold_batch_norm
+from jaxcls.models.hub import write_hub_folder
+from jaxcls.models.precision import PLATFORMS, Platform, Precision, compute_dtype
 from jaxcls.models.pretrained import Backbone, load_pretrained
-from jaxcls.models.resnet import abstract_variables, init_variables, make_apply
 from jaxcls.predictions import Kind
 from jaxcls.preprocess import Preprocess
-from jaxcls.storage import file_sha256
+from jaxcls.program import deserialize_program, serialize_program
+from jaxcls.storage import file_sha256, whole_folder
 
-FORMAT = "jaxcls-classifier"
-FORMAT_VERSION = 1
-MANIFEST, WEIGHTS, PARITY = "classifier.json", "weights.safetensors", "parity.npz"
+Score = Callable[[np.ndarray], np.ndarray]
 
 # Largest difference from the stored scores, relative to their largest magnitude.
 PARITY_TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2}
@@ -62,6 +75,11 @@ class Head:
             )
         if self.thresholds is not None and self.thresholds.shape != self.bias.shape:
             raise UsageError(f"thresholds need one value for each of {len(self.bias)} classes")
+
+    @property
+    def weights(self) -> dict[str, np.ndarray]:
+        """Kernel and bias by name, as `apply_head` takes them."""
+        return {"kernel": self.kernel, "bias": self.bias}
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,14 +119,16 @@ class Classifier:
 
     @property
     def weights(self) -> dict[str, Any]:
-        """The first argument of `forward`: a tree of arrays."""
-        return {
-            "backbone": self.backbone.variables,
-            "head": {"kernel": self.head.kernel, "bias": self.head.bias},
-        }
+        """All its arrays, as they are saved."""
+        return {"backbone": self.backbone.variables, "head": self.head.weights}
+
+    def folded_weights(self, dtype: str) -> dict[str, Any]:
+        """The first argument of `forward(dtype)`: a tree of NumPy arrays, the trunk's batch norm folded."""
+        folded = fold_batch_norm(self.backbone.variables, jnp.dtype(dtype))
+        return {"backbone": folded, "head": self.head.weights}
 
     def forward(self, dtype: str) -> "Forward":
-        """The function `(weights, images) -> scores`, with convolutions in `dtype`."""
+        """The function `(folded_weights, images) -> scores`, with convolutions in `dtype`."""
         return Forward(
             self.backbone.architecture, self.preprocess, dtype, len(self.classes), self.head.normalize
         )
@@ -125,23 +145,20 @@ class Classifier:
         if path.exists() and not (path / MANIFEST).is_file():
             raise ClassifierError(f"{path} exists and is no saved classifier: choose another path")
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as scratch:
-                new, old = Path(scratch) / "new", Path(scratch) / "old"
-                new.mkdir()
-                self._write(new)
-                _put_in_place(new, path, old)
+            with whole_folder(path) as folder:
+                self._write(folder)
         except OSError as error:
             raise ClassifierError(f"cannot save to {path}: {error}") from error
         return path
 
     def _write(self, folder: Path) -> None:
         # Contiguous: safetensors writes memory as it lies, whatever the strides.
-        arrays = {name: np.ascontiguousarray(value, np.float32) for name, value in _flatten(self.weights)}
+        arrays = {
+            name: np.ascontiguousarray(value, np.float32) for name, value in _flatten(self.weights).items()
+        }
         (folder / WEIGHTS).write_bytes(serialize(arrays))
         images = _parity_images(self.preprocess.size)
-        scores = jax.jit(self.forward("float32"))(self.weights, images)
-        np.savez(folder / PARITY, images=images, scores=np.asarray(scores))
+        np.savez(folder / PARITY, images=images, scores=_unfolded_scores(self, images))
         thresholds = self.head.thresholds
         manifest = {
             "format": FORMAT,
@@ -159,9 +176,103 @@ class Classifier:
             "versions": {name: version(name) for name in ("jaxcls", "jax", "flax", "numpy")},
             "sha256": {name: file_sha256(folder / name) for name in (WEIGHTS, PARITY)},
         }
-        (folder / MANIFEST).write_text(
-            json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+        write_manifest(folder, manifest)
+
+    def export(
+        self,
+        path: str | Path,
+        platforms: Sequence[Platform] = PLATFORMS,
+        *,
+        precision: Precision = "auto",
+    ) -> tuple[Path, ...]:
+        """Write `jax.export` programs that score, one for each platform, into the saved classifier at `path`.
+
+        `load_program` runs them. They hold no weights, and their batch size is symbolic. One for the
+        platform that JAX runs on here must score the stored parity vectors before it is written. Earlier
+        ones for these platforms are replaced.
+
+        Args:
+            path: where this classifier was saved.
+            platforms: "cpu", "cuda" or both; none of them is needed to write its program.
+            precision: of the convolutions; "auto" is float32 for "cpu" and bfloat16 for "cuda".
+
+        Returns:
+            The files, `path/program/PLATFORM.bin`.
+
+        Raises:
+            ClassifierError: no classifier or another one is saved there, or a file cannot be written.
+            UsageError: an unknown platform or precision, or none.
+        """
+        path = Path(path)
+        if not platforms or not set(platforms) <= set(PLATFORMS):
+            raise UsageError(f"platforms {tuple(platforms)}: choose from {', '.join(PLATFORMS)}")
+        dtypes = {platform: np.dtype(compute_dtype(precision, platform)).name for platform in platforms}
+        if not _are_alike(load(path), self):
+            raise ClassifierError(f"{path} holds another classifier: save this one first")
+        programs = {platform: self._serialize(platform, dtype) for platform, dtype in dtypes.items()}
+        here = jax.export.default_export_platform()
+        if here in programs:
+            compare_with_parity(self._score_with(programs[here], here, dtypes[here]), path, dtypes[here])
+        try:
+            return tuple(
+                write_program(path, platform, program, dtypes[platform])
+                for platform, program in programs.items()
+            )
+        except OSError as error:
+            raise ClassifierError(f"cannot export to {path}: {error}") from error
+
+    def _serialize(self, platform: Platform, dtype: str) -> bytes:
+        return serialize_program(
+            self.forward(dtype), self.folded_weights(dtype), self.preprocess.size, platform
         )
+
+    def _score_with(self, program: bytes, platform: str, dtype: str) -> Score:
+        """The scoring function that `program` is with this classifier's weights."""
+        weights = self.folded_weights(dtype)
+        call = deserialize_program(program, weights, self.preprocess.size, platform)
+        weights = jax.device_put(weights)
+
+        def score(images: np.ndarray) -> np.ndarray:
+            self.preprocess.check_images(images)
+            if not len(images):
+                raise UsageError("no images to score")
+            return np.asarray(call(weights, images))
+
+        return score
+
+    def export_hub(self, path: str | Path) -> Path:
+        """Write a new folder that Hugging Face transformers loads, and return its path.
+
+        `ResNetForImageClassification.from_pretrained(path)` gives the same scores as logits, and
+        `AutoImageProcessor.from_pretrained(path)` nearly the same pixels: its centre crop rounds half a pixel
+        down where this one rounds to even, so that of some photos it lies one pixel apart, and it decodes
+        large JPEGs in full where jaxcls decodes them at a smaller scale. What a folder of theirs cannot say,
+        such as thresholds, its README.md does.
+
+        Raises:
+            UsageError: the head normalises features, which no network of theirs does; or the path exists.
+            ClassifierError: the folder cannot be written.
+        """
+        if self.head.normalize:
+            raise UsageError(
+                "this head divides features by their norm, which no network of transformers does: "
+                "train one without (jaxcls svm without --normalize-features)"
+            )
+        head = (self.head.kernel, self.head.bias)
+        return write_hub_folder(path, self.backbone, head, self.classes, self.hub_notes)
+
+    @property
+    def hub_notes(self) -> tuple[str, ...]:
+        """What is lost in the folder that `export_hub` writes."""
+        notes = []
+        if self.head.kind != "logit":
+            notes.append(
+                f"The outputs named logits are each class's {self.head.kind}: their order is right, but "
+                "the softmax that an image-classification pipeline reports is no probability."
+            )
+        if self.head.thresholds is not None:
+            notes.append("The thresholds below which the classifier abstains are left out.")
+        return tuple(notes)
 
 
 def as_backbone(network: Backbone | Classifier) -> Backbone:
@@ -173,19 +284,21 @@ def load(path: str | Path) -> Classifier:
     """Read a classifier that `Classifier.save` wrote.
 
     Raises:
-        ClassifierError: it is missing, incomplete, damaged (by checksum), or of another format.
+        ClassifierError: it is missing, incomplete, damaged (by checksum, programs included), or of
+            another format.
     """
     path = Path(path)
-    manifest = _read_manifest(path)
+    manifest = read_manifest(path)
     for name in (WEIGHTS, PARITY):
-        _check_file(path, name, manifest)
+        check_file(path, name, manifest)
+    check_programs(path, manifest)
     try:
-        weights = unflatten_dict(load_file(path / WEIGHTS), sep="/")
+        arrays = load_file(path / WEIGHTS)
         head = manifest["head"]
         thresholds = head["thresholds"]
         provenance = dict(manifest["provenance"])
         architecture, classes = manifest["architecture"], tuple(manifest["classes"])
-        _check_tree(weights["backbone"], abstract_variables(architecture))
+        weights = _unflatten(arrays, _abstract_weights(architecture, len(classes)))
         return Classifier(
             backbone=Backbone(
                 architecture=architecture,
@@ -209,6 +322,51 @@ def load(path: str | Path) -> Classifier:
         raise ClassifierError(f"{path}: {MANIFEST} and {WEIGHTS} do not fit together: {error}") from error
 
 
+def load_program(path: str | Path) -> Score:
+    """Read the program that `Classifier.export` wrote for the platform at hand, and the saved weights.
+
+    The network is not traced again. Unlike `make_scorer`'s, the program is compiled for
+    each batch size B at its first use.
+
+    Returns:
+        A function of uint8 [B, size, size, 3], preprocessed as for `make_scorer`, to scores float32
+        [B, K]. It raises UsageError for images of another dtype or shape.
+
+    Raises:
+        ClassifierError: there is no program for this platform; it is damaged, or does not fit the
+            weights or the installed JAX; or what `load` raises.
+    """
+    path, platform = Path(path), jax.export.default_export_platform()
+    classifier, (program, dtype) = load(path), read_program(path, platform)
+    try:
+        return classifier._score_with(program, platform, dtype)
+    except ValueError as error:
+        raise ClassifierError(
+            f"{path}: its program for {platform} is of no use here: {error}; "
+            f"write it anew with `jaxcls export {path} --platforms {platform}`"
+        ) from error
+
+
+def compare_with_parity(score: Score, path: str | Path, dtype: str) -> float:
+    """Score the parity vectors saved at `path` and return the largest relative difference.
+
+    Args:
+        score: maps uint8 [n, size, size, 3] to float32 [n, K].
+        path: a saved classifier.
+        dtype: of the convolutions, which sets the tolerance: "float32" or "bfloat16".
+
+    Raises:
+        ClassifierError: the difference exceeds the tolerance.
+    """
+    images, expected, tolerances = load_parity(path)
+    difference = float(np.abs(score(images) - expected).max() / np.abs(expected).max())
+    if not difference <= tolerances[dtype]:
+        raise ClassifierError(
+            f"{path}: scores differ from the saved ones by {difference:.1e}, allowed {tolerances[dtype]}"
+        )
+    return difference
+
+
 def load_parity(path: str | Path) -> tuple[np.ndarray, np.ndarray, dict[str, float]]:
     """A saved classifier's parity vectors: images uint8 [n, size, size, 3], scores float32 [n, K].
 
@@ -218,8 +376,8 @@ def load_parity(path: str | Path) -> tuple[np.ndarray, np.ndarray, dict[str, flo
         ClassifierError: they are missing or damaged.
     """
     path = Path(path)
-    manifest = _read_manifest(path)
-    _check_file(path, PARITY, manifest)
+    manifest = read_manifest(path)
+    check_file(path, PARITY, manifest)
     with np.load(path / PARITY, allow_pickle=False) as stored:
         return stored["images"], stored["scores"], manifest["parity_tolerance"]
 
@@ -228,6 +386,7 @@ def load_parity(path: str | Path) -> tuple[np.ndarray, np.ndarray, dict[str, flo
 class Forward:
     """A pure function `(weights, images uint8 [B, size, size, 3]) -> scores [B, K] or features [B, D]`.
 
+    `weights` is `{"backbone", "head"}`: of `fold_batch_norm`, and the head's kernel and bias.
     Two with the same fields are equal, so that one compiled program serves all classifiers of a form.
 
     Attributes:
@@ -245,8 +404,7 @@ class Forward:
     normalize: bool = False
 
     def __call__(self, weights: Any, images: jax.Array) -> jax.Array:
-        apply = make_apply(self.architecture, dtype=jnp.dtype(self.dtype))
-        features, _ = apply(weights["backbone"], self.preprocess.normalize(images), train=False)
+        features = apply_folded(weights["backbone"], self.preprocess.normalize(images), jnp.dtype(self.dtype))
         if self.num_classes is None:
             return features
         return apply_head(weights["head"], features, normalize=self.normalize)
@@ -284,6 +442,8 @@ def create_model(
     Raises:
         UsageError: an unknown name.
     """
+    from jaxcls.models.resnet import init_variables  # loads Flax
+
     names = tuple(f"class {i}" for i in range(classes)) if isinstance(classes, int) else tuple(classes)
     backbone_key, head_key = jax.random.split(jax.random.key(seed))
     backbone = Backbone(
@@ -317,59 +477,51 @@ def imagenet_classifier(name: str, *, weights: str | Path | None = None) -> Clas
     return Classifier(bare, head, backbone.pretrained_classes)
 
 
-def _flatten(weights: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    return sorted(flatten_dict(weights, sep="/").items())
+def _unfolded_scores(classifier: Classifier, images: np.ndarray) -> np.ndarray:
+    """What `Classifier.forward("float32")` must reproduce: scores of the network as it was trained."""
+    from jaxcls.models.resnet import make_apply  # loads Flax
+
+    @jax.jit
+    def score(weights: Any, images: jax.Array) -> jax.Array:
+        apply = make_apply(classifier.backbone.architecture)
+        features, _ = apply(weights["backbone"], classifier.preprocess.normalize(images), train=False)
+        return apply_head(weights["head"], features, normalize=classifier.head.normalize)
+
+    return np.asarray(score(classifier.weights, images))
 
 
-def _check_tree(variables: Any, expected: Any) -> None:
-    found = {name: value.shape for name, value in _flatten(variables)}
-    wanted = {name: value.shape for name, value in _flatten(expected)}
+def _abstract_weights(architecture: str, num_classes: int) -> dict[str, Any]:
+    """The tree of `Classifier.weights` with `jax.ShapeDtypeStruct` leaves."""
+    shapes = {"kernel": (find_architecture(architecture).num_features, num_classes), "bias": (num_classes,)}
+    head = {name: jax.ShapeDtypeStruct(shape, np.float32) for name, shape in shapes.items()}
+    return {"backbone": abstract_variables(architecture), "head": head}
+
+
+def _flatten(weights: Mapping[str, Any]) -> dict[str, Any]:
+    return {_name(path): leaf for path, leaf in jax.tree.leaves_with_path(weights)}
+
+
+def _name(path: tuple[Any, ...]) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def _are_alike(one: Classifier, other: Classifier) -> bool:
+    """Whether their scores are equal: of one form, with equal weights."""
+    if one.forward("float32") != other.forward("float32"):
+        return False
+    return all(jax.tree.leaves(jax.tree.map(np.array_equal, one.weights, other.weights)))
+
+
+def _unflatten(arrays: Mapping[str, np.ndarray], expected: Any) -> Any:
+    """The tree `expected` with these arrays, which must have its names and shapes."""
+    found = {name: value.shape for name, value in arrays.items()}
+    wanted = {name: value.shape for name, value in _flatten(expected).items()}
     if found != wanted:
         different = sorted(set(found.items()) ^ set(wanted.items()), key=str)
         raise ValueError(
             f"{len(different)} arrays are missing, extra or of another shape, first {different[0]}"
         )
-
-
-def _read_manifest(path: Path) -> dict[str, Any]:
-    try:
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-    except OSError as error:
-        within = [folder for folder in path.glob("*") if (folder / MANIFEST).is_file()]
-        hint = f"; did you mean {within[0]}?" if within else ""
-        what = f"holds no readable {MANIFEST}" if path.exists() else "does not exist"
-        raise ClassifierError(f"{path} is no saved classifier: it {what}{hint}") from error
-    except (ValueError, RecursionError) as error:
-        raise ClassifierError(f"{path / MANIFEST} is damaged: {error}") from error
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise ClassifierError(f"{path / MANIFEST} is not the manifest of a {FORMAT}")
-    if manifest.get("format_version") != FORMAT_VERSION:
-        raise ClassifierError(
-            f"{path} has format {manifest.get('format_version')}, this jaxcls reads {FORMAT_VERSION}: "
-            "use the jaxcls that wrote it, or a newer one"
-        )
-    if not isinstance(manifest.get("sha256"), dict) or set(manifest["sha256"]) != {WEIGHTS, PARITY}:
-        raise ClassifierError(f"{path / MANIFEST} does not name the checksums of {WEIGHTS} and {PARITY}")
-    return manifest
-
-
-def _check_file(path: Path, name: str, manifest: Mapping[str, Any]) -> None:
-    if not (path / name).is_file():
-        raise ClassifierError(f"{path}: {name} is missing: copy the whole folder again")
-    if file_sha256(path / name) != manifest["sha256"][name]:
-        raise ClassifierError(f"{path}: {name} is damaged (its sha256 is not the manifest's): copy it again")
-
-
-def _put_in_place(new: Path, path: Path, old: Path) -> None:
-    if not path.exists():
-        new.rename(path)
-        return
-    path.rename(old)
-    try:
-        new.rename(path)
-    except BaseException:  # Ctrl-C too: `old` goes with the scratch folder
-        old.rename(path)
-        raise
+    return jax.tree.map_with_path(lambda path, _: arrays[_name(path)], expected)
 
 
 def _parity_images(size: int) -> np.ndarray:

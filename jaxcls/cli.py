@@ -19,7 +19,7 @@ from tyro.conf import OmitArgPrefixes, Positional
 import jaxcls
 from jaxcls.data.images import MAX_PIXELS
 from jaxcls.errors import JaxclsError, UsageError
-from jaxcls.models.precision import Precision
+from jaxcls.models.precision import PLATFORMS, Platform, Precision
 from jaxcls.storage import Storage
 from jaxcls.train.config import FinetuneConfig
 
@@ -154,12 +154,20 @@ class Train(TrainingCommand):
     config: OmitArgPrefixes[FinetuneConfig] = field(default_factory=FinetuneConfig)
     out: Path | None = None
     """A new folder for the run."""
+    resume: bool = False
+    """Go on with the run in --out where it stopped; start it if there is none yet."""
 
     def run(self) -> int:
+        from jaxcls.train.finetune import CLASSIFIER_FOLDER
+
+        if self.resume and self.out is None:
+            raise UsageError("--resume needs --out RUN, the folder of the run to go on with")
         train, test = self.divide()
         run_dir = self.out or _new_output("train")
-        result = jaxcls.finetune(train, self.start.load(), self.config, eval_dataset=test, run_dir=run_dir)
-        print(f"classifier: {run_dir / 'classifier'}")
+        result = jaxcls.finetune(
+            train, self.start.load(), self.config, eval_dataset=test, run_dir=run_dir, resume=self.resume
+        )
+        print(f"classifier: {run_dir / CLASSIFIER_FOLDER}")
         return DONE if test is None else _report(result.classifier, test, run_dir)
 
 
@@ -251,11 +259,44 @@ class Predict(PhotoCommand):
         return FAILED if predictions.errors else DONE
 
 
-COMMANDS = (Quickstart, Info, Train, Svm, Evaluate, Predict)
+@dataclass(frozen=True, kw_only=True)
+class Export(Command):
+    """Write a classifier's scoring programs for cpu and cuda, or a folder for Hugging Face transformers.
+
+    A program, CLASSIFIER/program/PLATFORM.bin, is run by `jaxcls.load_program`, which does not trace the
+    network again. It holds no weights and takes any batch size.
+    """
+
+    model: Annotated[Positional[Path], tyro.conf.arg(metavar="CLASSIFIER")]
+    """A saved classifier."""
+    platforms: tuple[Platform, ...] | None = None
+    """What to write programs for; default: cpu and cuda, or none with --hub-folder."""
+    precision: Precision = "auto"
+    """Of the programs' convolutions; auto: float32 for cpu, bfloat16 for cuda."""
+    hub_folder: Path | None = None
+    """Write this new folder: weights, configuration and preprocessing for transformers' from_pretrained."""
+
+    def run(self) -> int:
+        classifier = jaxcls.load(self.model)
+        if self.hub_folder is not None:
+            print(f"for transformers: {classifier.export_hub(self.hub_folder)}")
+            for note in classifier.hub_notes:
+                print(f"note: {note}", file=sys.stderr)
+        platforms = self.platforms or (PLATFORMS if self.hub_folder is None else ())
+        if platforms:
+            for path in classifier.export(self.model, platforms, precision=self.precision):
+                print(f"program: {path}")
+        return DONE
+
+
+COMMANDS = (Quickstart, Info, Train, Svm, Evaluate, Predict, Export)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; return its exit code: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
+    """Run one command; return its exit code: 0 done, 1 failed, 2 wrong usage, 130 interrupted.
+
+    Training that is asked to end by SIGTERM exits with 143.
+    """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     try:
         command = tyro.extras.subcommand_cli_from_dict(
@@ -317,13 +358,14 @@ def _print_table(predictions: jaxcls.Predictions) -> None:
 def _describe_installation() -> str:
     import jax
 
-    from jaxcls.models.pretrained import CATALOGUE
+    from jaxcls.models.pretrained import CATALOGUE, unverified_names
 
     devices = jax.devices()
     lines = [
         f"jaxcls {jaxcls.__version__}, jax {jax.__version__}, {len(devices)} x {devices[0].device_kind}",
         str(Storage.default()),
         "backbones: " + ", ".join(CATALOGUE),
+        "pinned at the first download, no checksum being published: " + ", ".join(unverified_names()),
     ]
     return "\n".join(lines)
 
@@ -356,7 +398,7 @@ def _open(path: Path | None) -> AbstractContextManager[TextIO]:
 
 
 def _is_classifier(path: Path) -> bool:
-    from jaxcls.classifier import MANIFEST
+    from jaxcls.manifest import MANIFEST
 
     return (path / MANIFEST).is_file()
 

@@ -16,7 +16,8 @@ from jaxcls.evaluation import plots
 from jaxcls.evaluation.metrics import evaluate
 from jaxcls.scoring import predict
 from jaxcls.svm.fit import fit_svm
-from jaxcls.train.finetune import FinetuneConfig, finetune
+from jaxcls.train.config import FinetuneConfig
+from jaxcls.train.finetune import CLASSIFIER_FOLDER, finetune
 
 IMAGE_SIZE = 20
 # From scratch, so without dropout; a mirrored digit is another sign, so without flips.
@@ -76,7 +77,7 @@ def quickstart(folder: Path, show: Callable[[str], None] = print) -> None:
     svm.save(folder / "svm.jaxcls")
     show(f"\nSVM on its features: {evaluate(predict(svm, test)).accuracy():.2%} (macro)")
 
-    saved = folder / "run" / "classifier"
+    saved = folder / "run" / CLASSIFIER_FOLDER
     photo = test.source.path(0)
     assert photo is not None
     row = next(iter(predict(load(saved), [photo]).rows()))

@@ -5,22 +5,28 @@ from contextlib import closing
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxcls.classifier import Classifier, Forward, apply_head, as_backbone, load_parity
-from jaxcls.data.dataset import UNLABELLED, Dataset, Item, from_items
-from jaxcls.errors import ClassifierError, ImageError, UsageError
+from jaxcls.classifier import Classifier, Forward, as_backbone, compare_with_parity
+from jaxcls.data.dataset import UNLABELLED, Dataset, from_items
+from jaxcls.data.source import Item
+from jaxcls.errors import ImageError, UsageError
+from jaxcls.models.convolution import compiler_options
+from jaxcls.models.fold import fold_batch_norm
 from jaxcls.models.precision import Precision, compute_dtype
 from jaxcls.models.pretrained import Backbone
-from jaxcls.models.resnet import ARCHITECTURES, abstract_variables
 from jaxcls.parallel import batch_sharding, make_mesh, replicated
-from jaxcls.pipeline import Batch, evaluation_batches, on_devices, steps_per_epoch
 from jaxcls.predictions import Predictions
+from jaxcls.preprocess import Preprocess
 from jaxcls.progress import show_progress
+
+if TYPE_CHECKING:
+    from jaxcls.pipeline import Batch
 
 BATCH_SIZES = (1, 8, 64)
 Items = Dataset | Sequence[str | Path | Item]
@@ -31,7 +37,7 @@ class CompiledProgram:
     """A `Forward` and its weights on the devices, compiled ahead of time for a fixed set of batch sizes."""
 
     executables: Mapping[int, tuple[Any, Any]]
-    image_size: int
+    preprocess: Preprocess
 
     def __call__(self, images: Any) -> Any:
         """Run on uint8 [B, size, size, 3], without waiting for the result.
@@ -39,10 +45,7 @@ class CompiledProgram:
         Raises:
             UsageError: another dtype or shape, or a batch size that was not compiled.
         """
-        expected = (self.image_size, self.image_size, 3)
-        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1:] != expected:
-            wanted = ", ".join(map(str, expected))
-            raise UsageError(f"images must be uint8 [B, {wanted}], not {images.dtype} {list(images.shape)}")
+        self.preprocess.check_images(images)
         if len(images) not in self.executables:
             sizes = ", ".join(map(str, self.executables))
             raise UsageError(f"batch size {len(images)} was not compiled; compiled are {sizes}")
@@ -54,34 +57,36 @@ def compile_program(forward: Forward, weights: Any, batch_sizes: Sequence[int]) 
     """Compile for every batch size; a batch is sharded over as many devices as divide it."""
     if not batch_sizes or min(batch_sizes) < 1:
         raise UsageError(f"batch sizes {tuple(batch_sizes)}: give at least one, each at least 1")
+    leaves, structure = jax.tree.flatten(weights)
+    shapes = tuple(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves)
     placed: dict[Mesh, Any] = {}
     executables = {}
     for size in sorted(set(batch_sizes)):
         mesh = make_mesh(size)
         if mesh not in placed:
             placed[mesh] = jax.device_put(weights, replicated(mesh))
-        executables[size] = _compile(forward, size, mesh), placed[mesh]
-    return CompiledProgram(executables, forward.preprocess.size)
+        executables[size] = _compile(forward, structure, shapes, size, mesh), placed[mesh]
+    return CompiledProgram(executables, forward.preprocess)
 
 
 @lru_cache(maxsize=64)
-def _compile(forward: Forward, batch_size: int, mesh: Mesh) -> Any:
+def _compile(
+    forward: Forward,
+    structure: jax.tree_util.PyTreeDef,
+    shapes: tuple[jax.ShapeDtypeStruct, ...],
+    batch_size: int,
+    mesh: Mesh,
+) -> Any:
     """The executable for one batch size; the same again for all weights of a form."""
-    weights: dict[str, Any] = {"backbone": abstract_variables(forward.architecture)}
-    if forward.num_classes is not None:
-        num_features = ARCHITECTURES[forward.architecture].num_features
-        weights["head"] = {
-            "kernel": jax.ShapeDtypeStruct((num_features, forward.num_classes), np.float32),
-            "bias": jax.ShapeDtypeStruct((forward.num_classes,), np.float32),
-        }
     size = forward.preprocess.size
     images = jax.ShapeDtypeStruct((batch_size, size, size, 3), np.uint8)
     program = jax.jit(
         forward,
         in_shardings=(replicated(mesh), batch_sharding(mesh)),
         out_shardings=batch_sharding(mesh),
+        compiler_options=compiler_options(mesh.devices.flat[0].platform),
     )
-    return program.lower(weights, images).compile()
+    return program.lower(jax.tree.unflatten(structure, shapes), images).compile()
 
 
 def make_scorer(
@@ -98,7 +103,8 @@ def make_scorer(
         UsageError: no batch size or one below 1; from the result: images of another dtype or shape, or a
             batch size that was not compiled.
     """
-    program = compile_program(_forward(classifier, precision), classifier.weights, batch_sizes)
+    dtype = _dtype_name(precision)
+    program = compile_program(classifier.forward(dtype), classifier.folded_weights(dtype), batch_sizes)
     return lambda images: np.asarray(program(images))
 
 
@@ -129,9 +135,10 @@ def predict(
         UsageError: no images, or labels of classes that the classifier does not have.
     """
     dataset = _as_dataset(images).with_classes(classifier.classes)
+    dtype = _dtype_name(precision)
     scores, errors = _run(
-        _forward(classifier, precision),
-        classifier.weights,
+        classifier.forward(dtype),
+        classifier.folded_weights(dtype),
         len(classifier.classes),
         dataset,
         batch_size=batch_size,
@@ -170,10 +177,11 @@ def extract_features(
         ImageError: an image that cannot be read; `jaxcls.scan` finds them all.
     """
     backbone = as_backbone(backbone)
+    dtype = _dtype_name(precision)
     dataset = _as_dataset(images)
     values, errors = _run(
-        Forward(backbone.architecture, backbone.preprocess, _dtype_name(precision)),
-        {"backbone": backbone.variables},
+        Forward(backbone.architecture, backbone.preprocess, dtype),
+        {"backbone": fold_batch_norm(backbone.variables, jnp.dtype(dtype))},
         backbone.num_features,
         dataset,
         batch_size=batch_size,
@@ -185,29 +193,17 @@ def extract_features(
     return values, dataset.labels, dataset.ids
 
 
-def score_features(classifier: Classifier, values: np.ndarray) -> np.ndarray:
-    """The head alone: features float32 [N, D] -> scores float32 [N, K]."""
-    head = jax.device_put(classifier.weights["head"])
-    return np.asarray(
-        jax.jit(apply_head, static_argnames="normalize")(head, values, normalize=classifier.head.normalize)
-    )
-
-
 def check_parity(classifier: Classifier, path: str | Path, precision: Precision = "auto") -> float:
     """Score the parity vectors saved at `path` and return the largest relative difference.
 
     Raises:
         ClassifierError: it exceeds the tolerance for this precision.
     """
-    images, expected, tolerances = load_parity(path)
-    scores = make_scorer(classifier, batch_sizes=(len(images),), precision=precision)(images)
-    difference = float(np.abs(scores - expected).max() / np.abs(expected).max())
-    tolerance = tolerances[_dtype_name(precision)]
-    if not difference <= tolerance:
-        raise ClassifierError(
-            f"{path}: scores differ from the saved ones by {difference:.1e}, allowed {tolerance}"
-        )
-    return difference
+
+    def score(images: np.ndarray) -> np.ndarray:
+        return make_scorer(classifier, batch_sizes=(len(images),), precision=precision)(images)
+
+    return compare_with_parity(score, path, _dtype_name(precision))
 
 
 def _run(
@@ -221,13 +217,16 @@ def _run(
     progress: str | None,
 ) -> tuple[np.ndarray, dict[int, str]]:
     """float32 [N, width] rows of `forward` for a dataset, and the messages of unreadable images."""
+    # Here, because a scorer reads no files and Grain takes as long to load as JAX.
+    from jaxcls.pipeline import evaluation_batches, on_devices, steps_per_epoch
+
     if batch_size is None:
         batch_size = next((size for size in BATCH_SIZES if size >= len(dataset)), BATCH_SIZES[-1])
     program = compile_program(forward, weights, (batch_size,))
     rows = np.full((len(dataset), width), np.nan, np.float32)
     errors: dict[int, str] = {}
 
-    def collect(batch: Batch, values: jax.Array) -> None:
+    def collect(batch: "Batch", values: jax.Array) -> None:
         mask = np.asarray(batch.mask)
         rows[batch.indices[mask]] = np.asarray(values)[mask]
         errors.update({int(i): e for i, e in zip(batch.indices, batch.errors, strict=True) if e})
@@ -244,10 +243,6 @@ def _run(
         if in_flight is not None:
             collect(*in_flight)
     return rows, errors
-
-
-def _forward(classifier: Classifier, precision: Precision) -> Forward:
-    return classifier.forward(_dtype_name(precision))
 
 
 def _dtype_name(precision: Precision) -> str:

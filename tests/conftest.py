@@ -1,6 +1,8 @@
 """Two forced CPU devices, strict rank promotion, and where the shared photos and weights lie."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=2"
@@ -29,6 +31,15 @@ def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip(f"the photos and weights that this test reads are not at {SHARED}")
     return SHARED
+
+
+@pytest.fixture(scope="session")
+def weights(shared, tmp_path_factory) -> Path:
+    """A folder with resnet18.safetensors and resnet50.safetensors, trained on ImageNet."""
+    folder = tmp_path_factory.mktemp("imagenet")
+    unpack = shared / "tools" / "unpack_weights.py"
+    subprocess.run([sys.executable, unpack, folder], check=True, capture_output=True)
+    return folder
 
 
 @pytest.fixture(scope="session")

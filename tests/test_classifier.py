@@ -240,7 +240,7 @@ def test_a_failed_save_leaves_what_was_there(classifier, copy, monkeypatch):
 
 
 def test_parity_holds_until_the_weights_change(classifier, saved):
-    assert check_parity(load(saved), saved) <= 1e-6
+    assert check_parity(load(saved), saved) <= 1e-5  # saved unfolded, scored folded
     kernel = classifier.head.kernel.copy()
     kernel[0, 0] += 1
     altered = replace(classifier, head=replace(classifier.head, kernel=kernel))

@@ -34,6 +34,16 @@ def test_the_example_runs(tmp_path, monkeypatch, backbone):
     assert names["score"](names["train"].image(0)[None, :32, :32].copy()).shape == (1, 2)
 
 
+def test_the_augmentation_example_runs():
+    import jax
+    import numpy as np
+
+    (code,) = (block for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "ops." in block)
+    names: dict = {"jax": jax, "images": np.zeros((2, 8, 10, 3), np.uint8)}
+    exec(code, names)
+    assert (names["augmented"].shape, names["augmented"].dtype) == ((2, 8, 10, 3), np.uint8)
+
+
 def test_files_and_commands_exist():
     for path in re.findall(r"`((?:experiments|tests|\.ci)/[\w./]+)`", README):
         assert (ROOT / path).exists(), path

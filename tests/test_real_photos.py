@@ -1,22 +1,11 @@
 """The main job on real photos with real weights, against figures computed with torch and scikit-learn."""
 
 import csv
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 
 import jaxcls
-
-
-@pytest.fixture(scope="session")
-def weights(shared, tmp_path_factory):
-    """A folder with resnet18.safetensors and resnet50.safetensors, trained on ImageNet."""
-    folder = tmp_path_factory.mktemp("imagenet")
-    unpack = shared / "tools" / "unpack_weights.py"
-    subprocess.run([sys.executable, unpack, folder], check=True, capture_output=True)
-    return folder
 
 
 @pytest.mark.parametrize(("name", "top_1", "top_5"), [("resnet18", 38, 49), ("resnet50", 36, 46)])

@@ -10,12 +10,13 @@ from conftest import write_photos
 from PIL import Image
 
 from jaxcls.classifier import create_model
-from jaxcls.data.dataset import Dataset, MemorySource
+from jaxcls.data.dataset import Dataset
 from jaxcls.data.folder import read_folder
+from jaxcls.data.source import MemorySource
 from jaxcls.errors import ImageError, UsageError
 from jaxcls.models.resnet import make_apply
 from jaxcls.parallel import make_mesh
-from jaxcls.scoring import extract_features, make_scorer, predict, score_features
+from jaxcls.scoring import extract_features, make_scorer, predict
 
 QUICK_TO_COMPILE = {"xla_backend_optimization_level": 0}
 COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
@@ -80,6 +81,21 @@ def test_the_listener_hears_compilations(compilations):
 def test_another_form_is_an_error_and_compiles_nothing(scorer, compilations, images, message):
     with pytest.raises(UsageError, match=message):
         scorer(images)
+    assert compilations == []
+
+
+def test_no_batch_size_but_the_compiled_ones_runs_or_compiles(scorer, compilations):
+    for batch_size in set(range(70)) - {1, 4}:
+        with pytest.raises(UsageError, match=f"batch size {batch_size} was not compiled"):
+            scorer(np.zeros((batch_size, 32, 32, 3), np.uint8))
+    assert compilations == []
+
+
+def test_another_classifier_of_the_form_shares_the_program(scorer, classifier, compilations):
+    head = replace(classifier.head, kernel=2 * classifier.head.kernel)
+    other = replace(classifier, head=head, classes=("a", "b", "c"))
+    image = np.full((1, 32, 32, 3), 200, np.uint8)
+    assert not np.array_equal(make_scorer(other, batch_sizes=(1,))(image), scorer(image))
     assert compilations == []
 
 
@@ -198,11 +214,11 @@ def test_features_are_what_the_head_scores(classifier, photos, predictions):
     assert (values.dtype, values.shape) == (np.float32, (16, 512))
     np.testing.assert_array_equal(labels, photos.labels)
     np.testing.assert_array_equal(ids, photos.ids)
-    assert_close(score_features(classifier, values), predictions.scores)
-    head = replace(classifier.head, normalize=True)
+    head = classifier.head
+    assert_close(predictions.scores, values @ head.kernel + head.bias)
     normalized = values / np.linalg.norm(values, axis=1, keepdims=True)
-    expected = normalized @ head.kernel + head.bias
-    assert_close(score_features(replace(classifier, head=head), values), expected)
+    normalizing = replace(classifier, head=replace(head, normalize=True))
+    assert_close(predict(normalizing, photos).scores, normalized @ head.kernel + head.bias)
 
 
 def test_features_of_a_list_have_no_labels(classifier, photos):

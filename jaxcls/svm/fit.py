@@ -9,7 +9,7 @@ from sklearn.preprocessing import normalize
 from sklearn.svm import LinearSVC
 
 from jaxcls.classifier import Classifier, Head, as_backbone
-from jaxcls.data.dataset import Dataset, class_weights, scan
+from jaxcls.data.dataset import Dataset, scan
 from jaxcls.errors import UsageError
 from jaxcls.models.precision import Precision
 from jaxcls.models.pretrained import Backbone
@@ -52,7 +52,7 @@ def fit_svm(
     if not 0 < C < math.inf:
         raise UsageError(f"C {C}: must be above 0 and finite")
     dataset.require_every_class()
-    class_weights(class_weight, dataset.classes, dataset.class_counts())  # a wrong name now, not later
+    dataset.class_weights(class_weight)  # a wrong name now, not after the features
     dataset = scan(dataset, max_bad_fraction=max_bad_fraction)
     dataset.require_every_class()
     backbone = as_backbone(backbone)
@@ -61,7 +61,7 @@ def fit_svm(
     )
     if normalize_features:
         values = normalize(values)
-    weights = class_weights(class_weight, dataset.classes, dataset.class_counts())
+    weights = dataset.class_weights(class_weight)
     by_label = None if weights is None else dict(enumerate(weights.tolist()))
     machine = LinearSVC(C=C, class_weight=by_label, random_state=0)
     with warnings.catch_warnings():

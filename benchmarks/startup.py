@@ -1,0 +1,58 @@
+"""Seconds from the start of a process to its first training step and to its first score.
+
+Each time in a new process: once with an empty folder of compiled programs (cold), then again and
+again with what the first one left there (warm).
+"""
+
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from benchmarks.session import Session, main
+from benchmarks.timing import SubjectError
+from benchmarks.worker import TIMEOUT_SECONDS, Task, Worker
+from experiments.recording import spread
+
+DEPTH = 50
+WORKS = ("first_score", "first_step")
+
+
+def run(session: Session) -> None:
+    """For each subject a cold start, and as many warm ones as there are rounds."""
+    session = session.at(DEPTH)
+    for work in WORKS:
+        for tasks in session.tasks(work, session.subjects(work)):
+            for task in tasks:
+                _starts(session, task)
+
+
+def _starts(session: Session, task: Task) -> None:
+    with TemporaryDirectory() as cache:
+        cold = _start(session, task, Path(cache))
+        session.put("startup", task, {"cache": "cold", **cold})
+        if "note" in cold:
+            return
+        warm = [_start(session, task, Path(cache)) for _ in range(session.settings.rounds)]
+        notes = [start for start in warm if "note" in start]
+        seconds = [start["seconds"] for start in warm if "seconds" in start]
+        summary = {"seconds": spread(seconds)["median"], "starts": spread(seconds)} if seconds else {}
+        session.put("startup", task, {**warm[0], "cache": "warm", **summary, **(notes[0] if notes else {})})
+
+
+def _start(session: Session, task: Task, cache: Path) -> dict[str, Any]:
+    """One start: what the process says of it, and its seconds."""
+    environment = {
+        "JAX_COMPILATION_CACHE_DIR": str(cache / "jax"),
+        "TORCHINDUCTOR_CACHE_DIR": str(cache / "torch"),
+    }
+    try:
+        with Worker(
+            task, environment=environment, timeout_seconds=min(session.seconds_left, TIMEOUT_SECONDS)
+        ) as worker:
+            return {**worker.details, "seconds": worker.setup_seconds}
+    except SubjectError as error:
+        return {"note": str(error)}
+
+
+if __name__ == "__main__":
+    main("startup", run, __doc__)

@@ -1,0 +1,236 @@
+"""The README's table of goals, made from the result files: `python -m benchmarks.table [--write]`."""
+
+import argparse
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from benchmarks.peers import OURS
+from benchmarks.results import FOLDER, Results, read_results
+
+ROOT = Path(__file__).resolve().parents[1]
+README = ROOT / "README.md"
+BEGIN, END = "<!-- made by `python -m benchmarks.table --write` -->", "<!-- end of the table -->"
+HEADER = ("question", "on", "goal", "measured", "compared with", "ratio", "file", "what limits it")
+
+# (question, platform) -> one line, for goals that are missed.
+LIMITS: Mapping[tuple[str, str], str] = {}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a result file says of a goal.
+
+    Attributes:
+        measured: our figure, with its unit.
+        compared_with: the figure that it is held against, and whose it is.
+        ratio: ours to that; above 1 is better, for seconds too.
+        reached: whether the goal is met.
+    """
+
+    measured: str
+    compared_with: str
+    ratio: float
+    reached: bool
+
+
+@dataclass(frozen=True)
+class Goal:
+    """A row of the table.
+
+    Attributes:
+        question: what is asked.
+        platform: "cpu" or "gpu".
+        text: the goal.
+        judge: result file -> outcome, or None where the file does not say.
+    """
+
+    question: str
+    platform: str
+    text: str
+    judge: Callable[[Results], Outcome | None]
+
+
+def against_peers(
+    results: Results, *, benchmark: str, work: str, ratio: float, peer: str, least: float = 0.0, **values: Any
+) -> Outcome | None:
+    """Our rate against the best peer whose name holds `peer`, in the same run."""
+    rows = results.find(benchmark=benchmark, work=work, **values)
+    ours = _best(rows, lambda subject: subject.startswith(OURS))
+    theirs = _best(rows, lambda subject: not subject.startswith(OURS) and peer in subject)
+    return _compare_rates(ours, theirs, ratio, least)
+
+
+def against_own(
+    results: Results, *, benchmark: str, work: str, other: str, ratio: float, **values: Any
+) -> Outcome | None:
+    """Our rate at one kind of work against our own at another, in the same run."""
+    rows = results.find(benchmark=benchmark, subject=OURS, **values)
+    mine = [row for row in rows if row["work"] == work]
+    others = [row for row in rows if row["work"] == other]
+    return _compare_rates(_best(mine), _best(others), ratio, 0.0)
+
+
+def within_seconds(results: Results, *, seconds: float, **values: Any) -> Outcome | None:
+    """Our seconds against a limit."""
+    rows = [row for row in results.find(subject=OURS, **values) if "seconds" in row]
+    if not rows:
+        return None
+    measured = rows[0]["seconds"]
+    return Outcome(f"{measured:.3g} s", f"{seconds:g} s", seconds / measured, measured <= seconds)
+
+
+def within_step_time(results: Results, *, times: float) -> Outcome | None:
+    """The short run's seconds against `times` the bare steps."""
+    rows = [row for row in results.find(benchmark="short_run", work="short_run") if "seconds" in row]
+    steps = [row for row in results.find(benchmark="short_run", work="train") if "images_per_second" in row]
+    if not rows or not steps:
+        return None
+    bare = rows[0]["num_steps"] * steps[0]["batch_size"] / steps[0]["images_per_second"]["median"]
+    measured = rows[0]["seconds"]
+    against = f"{bare:.3g} s of bare steps"
+    return Outcome(f"{measured:.3g} s", against, bare / measured, measured <= times * bare)
+
+
+def _best(
+    rows: Sequence[Mapping[str, Any]], is_wanted: Callable[[str], bool] = lambda _: True
+) -> Mapping[str, Any] | None:
+    """The row with the highest median rate."""
+    wanted = [row for row in rows if "images_per_second" in row and is_wanted(row["subject"])]
+    return max(wanted, key=lambda row: row["images_per_second"]["median"], default=None)
+
+
+def _compare_rates(
+    ours: Mapping[str, Any] | None, theirs: Mapping[str, Any] | None, ratio: float, least: float
+) -> Outcome | None:
+    if ours is None or theirs is None:
+        return None
+    mine, other = ours["images_per_second"]["median"], theirs["images_per_second"]["median"]
+    name = theirs["subject"] if theirs["subject"] != ours["subject"] else theirs["work"]
+    reached = mine >= ratio * other and mine >= least
+    return Outcome(f"{mine:.3g}/s", f"{other:.3g}/s, {name}", mine / other, reached)
+
+
+def _goals() -> list[Goal]:
+    goals = []
+
+    def add(
+        question: str, platform: str, text: str, judge: Callable[..., Outcome | None], **how: Any
+    ) -> None:
+        goals.append(Goal(question, platform, text, partial(judge, **how)))
+
+    for depth in (18, 50):
+        question = f"train, device only, ResNet-{depth}"
+        how = {"benchmark": "train_step", "work": "train", "depth": depth}
+        add(question, "cpu", "≥ 1.0x torch float32", against_peers, peer="float32", ratio=1.0, **how)
+    for depth in (18, 34, 50, 101, 152):
+        question = f"train, device only, ResNet-{depth}"
+        how = {"benchmark": "train_step", "work": "train", "depth": depth}
+        text = "≥ 1.25x the best torch" + ("; target 6,900/s, stretch 7,950/s" if depth == 50 else "")
+        add(question, "gpu", text, against_peers, peer="torch", ratio=1.25, **how)
+    how = {"benchmark": "train_end_to_end", "work": "train_end_to_end", "other": "train"}
+    how_read = {"benchmark": "input_pipeline", "work": "input_pipeline", "peer": "dataloader"}
+    for platform, depth in (("cpu", 18), ("gpu", 50)):
+        question = f"train end to end, ResNet-{depth}"
+        add(question, platform, "≥ 95 % of device only", against_own, ratio=0.95, depth=depth, **how)
+    for depth in (18, 50):
+        question = f"score, ResNet-{depth}"
+        score = {"benchmark": "score", "work": "score", "depth": depth}
+        text = "≥ 1.0x `torch.compile` float32; stretch: torch bfloat16"
+        add(question, "cpu", text, against_peers, peer="torch-compile-float32", ratio=1.0, **score)
+    score = {"benchmark": "score", "work": "score", "depth": 50, "ratio": 1.15, "least": 32_000.0}
+    text = "≥ 1.15x the best compiled torch bfloat16, ≥ 32,000/s"
+    add("score, ResNet-50", "gpu", text, against_peers, peer="torch", **score)
+    for platform in ("cpu", "gpu"):
+        for depth in (18, 50):
+            question = f"features, copied to the host, ResNet-{depth}"
+            features = {"benchmark": "features", "work": "features", "other": "score", "depth": depth}
+            add(question, platform, "≥ 97 % of the score rate", against_own, ratio=0.97, **features)
+    for side, ratio in ((500, 1.1), (1500, 2.0), (3000, 2.0)):
+        question = f"input pipeline, JPEGs of {side} px"
+        text = f"≥ {ratio:g}x `DataLoader` + Pillow"
+        add(question, "cpu", text, against_peers, ratio=ratio, photo_side=side, **how_read)
+    text = "≥ 2x `DataLoader` + Pillow, ≥ 7,000/s"
+    question = "input pipeline, JPEGs of 500 px"
+    add(question, "gpu", text, against_peers, ratio=2.0, least=7000.0, photo_side=500, **how_read)
+    warm = {"benchmark": "startup", "work": "first_score", "cache": "warm", "depth": 50}
+    add("first score, warm, ResNet-50", "cpu", "≤ 3 s", within_seconds, seconds=3.0, **warm)
+    add("first score, warm, ResNet-50", "gpu", "≤ 5 s", within_seconds, seconds=5.0, **warm)
+    run = "41 photos, 15 epochs, ResNet-18"
+    add(run, "cpu", "≤ 3x the bare steps", within_step_time, times=3.0)
+    whole = {"benchmark": "short_run", "work": "short_run"}
+    add(run, "gpu", "≤ 10 s", within_seconds, seconds=10.0, **whole)
+    return goals
+
+
+GOALS = tuple(_goals())
+
+
+def make_table(files: Sequence[Results], limits: Mapping[tuple[str, str], str] = LIMITS) -> str:
+    """The table in Markdown; files come latest first, and the first that answers a goal is taken."""
+    lines = [_row(HEADER), _row(["---"] * len(HEADER))]
+    for goal in GOALS:
+        lines.append(_row(_cells(goal, files, limits)))
+    return "\n".join(lines)
+
+
+def _cells(goal: Goal, files: Sequence[Results], limits: Mapping[tuple[str, str], str]) -> list[str]:
+    start = [goal.question, {"cpu": "CPU", "gpu": "GPU"}[goal.platform], goal.text]
+    for results in files:
+        is_cpu = results.machine["conditions"]["platform"] == "cpu"
+        outcome = goal.judge(results) if is_cpu == (goal.platform == "cpu") else None
+        if outcome is not None:
+            limit = (
+                "" if outcome.reached else limits.get((goal.question, goal.platform), "not yet looked into")
+            )
+            ratio = f"{outcome.ratio:.2f}" if outcome.reached else f"**{outcome.ratio:.2f}**"
+            file = f"`{results.path.name}`"
+            return [*start, outcome.measured, outcome.compared_with, ratio, file, limit]
+    return [*start, "not measured yet", "", "", "", ""]
+
+
+def _row(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def machines(files: Sequence[Results]) -> str:
+    """One line for each device that result files come from."""
+    found: dict[str, str] = {}
+    for results in files:
+        conditions = results.machine["conditions"]
+        versions = ", ".join(
+            f"{n} {conditions['versions'][n]}" for n in ("jax", "torch") if n in conditions["versions"]
+        )
+        found.setdefault(
+            conditions["platform"], f"{conditions['device']}; {conditions['machine']}; {versions}."
+        )
+    return "\n".join(found.values())
+
+
+def insert(readme: str, table: str) -> str:
+    """The README with the table between its marks."""
+    before, _, rest = readme.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    return f"{before}{BEGIN}\n\n{table}\n\n{END}{after}"
+
+
+def contents(folder: Path = FOLDER) -> str:
+    """What stands between the marks: the table, and the machines."""
+    files = read_results(folder)
+    return "\n\n".join(filter(None, [make_table(files), machines(files)]))
+
+
+def main() -> None:
+    """Print the table, or write it into the README."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.table", description=__doc__)
+    parser.add_argument("--write", action="store_true", help="into README.md, between its marks")
+    if parser.parse_args().write:
+        README.write_text(insert(README.read_text("utf-8"), contents()), "utf-8")
+    else:
+        print(contents())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,156 @@
+"""Every benchmark runs from end to end, tiny; and what a GPU machine runs needs only what it has."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from benchmarks import all as every
+from benchmarks.gpu import STAGES
+from benchmarks.photos import AUGMENTATION, SEED, make_photos
+from benchmarks.timing import SubjectError
+from benchmarks.worker import Task, Worker, ask
+from jaxcls.data.folder import read_folder
+from jaxcls.pipeline import training_batches
+from jaxcls.preprocess import Preprocess
+
+ROOT = Path(__file__).resolve().parents[2]
+BLOCKER = """
+import sys
+
+BLOCKED = {"grain", "tyro", "tensorboardX", "tensorflow_datasets", "starlette", "httpx2"}
+
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in BLOCKED:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Blocker())
+"""
+
+
+@pytest.fixture
+def bare(tmp_path):
+    """The environment of a machine without Grain, tyro and the like."""
+    folder = tmp_path / "blocker"
+    folder.mkdir()
+    (folder / "sitecustomize.py").write_text(BLOCKER)
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), str(ROOT)])}
+
+
+def run(*command, environment=os.environ):
+    """A process; unoptimised programs compile faster, and the figures matter to nobody here."""
+    flags = environment.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
+    done = subprocess.run(
+        [sys.executable, *map(str, command)],
+        cwd=ROOT,
+        env={**environment, "XLA_FLAGS": flags},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def read(folder):
+    """{(benchmark, work, subject): row} of all files."""
+    rows = [row for path in sorted(folder.glob("*.json")) for row in json.loads(path.read_text())["rows"]]
+    return {(row["benchmark"], row["work"], row["subject"]): row for row in rows}
+
+
+def test_what_a_gpu_machine_runs_imports_no_more_than_it_has(bare):
+    code = "import benchmarks.gpu, benchmarks.subjects, benchmarks.textbook, jaxcls.scoring"
+    run("-c", code, environment=bare)
+
+
+def test_a_worker_says_what_is_missing():
+    with pytest.raises(SubjectError, match="machine is not measured at first_step"):
+        ask(Task("first_step", "machine"))
+    with pytest.raises(SubjectError, match="KeyError: 'nobody'"):
+        ask(Task("score", "nobody"))
+
+
+def test_a_worker_that_has_ended_is_an_error_and_no_wait():
+    with (
+        pytest.raises(SubjectError, match="its process ended with code 0"),
+        Worker(Task("rough_probe", "machine")) as worker,
+    ):
+        worker.time(1)
+
+
+def test_a_worker_that_takes_too_long_is_ended():
+    with pytest.raises(SubjectError, match="not ready within 0 s"):
+        ask(Task("rough_probe", "machine"), timeout_seconds=0.1)
+
+
+def test_the_data_loader_cuts_the_boxes_of_our_stream(tmp_path):
+    torch_views = pytest.importorskip("benchmarks.dataloader")
+    photos = read_folder(make_photos(tmp_path, 6, 120))
+    views = torch_views.RandomViews([photos.source.path(i) for i in range(6)], 32)
+    batches = training_batches(photos, Preprocess(size=32), AUGMENTATION, batch_size=6, seed=SEED)
+    for number in range(2):
+        batch = next(batches)
+        expected = [views.view(6 * number + place, index) for place, index in enumerate(batch.indices)]
+        np.testing.assert_array_equal(batch.images, np.stack(expected))
+    batches.close()
+
+
+@pytest.mark.slow
+def test_a_script_measures_ours_and_two_peers(tmp_path):
+    pytest.importorskip("torch")
+    names = ("jaxcls", "flax-pmap-float32", "torch-eager-bfloat16")
+    out = run("-m", "benchmarks.train_step", "--tiny", "--out", tmp_path, "--peer", *names)
+    document = json.loads((tmp_path / "train_step_cpu.json").read_text())
+    assert document["conditions"]["command"].startswith("python -m benchmarks.train_step --tiny --out")
+    assert str(tmp_path) not in json.dumps(document)
+    rows = read(tmp_path)
+    for name in names:
+        row = rows["train_step", "train", name]
+        assert row["images_per_second"]["n"] == 2
+        assert row["num_steps_counted"] == 2 * row["steps_per_round"]
+        assert row["floor"]["mfu"] > 0
+        assert name in out
+    # 4 images at 32 px: 3 times the forward pass of 1.8 G multiply-adds at 224 px, less the padding, which
+    # XLA leaves out and which is a third at this size; half of it on each of two devices.
+    expected = 4 * 3 * 2 * 1.8e9 * (32 / 224) ** 2 * (2 / 3) / 2
+    assert rows["train_step", "train", "jaxcls"]["flops"] == pytest.approx(expected, rel=0.15)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(set(every.BENCHMARKS) - {"train_step", "correctness"}))
+def test_every_script_runs(tmp_path, name):
+    peers = {"score": ["flax-jit-float32"], "input_pipeline": ["jaxcls-processes", "dataloader"]}
+    chosen = ["--peer", *peers.get(name, []), *["jaxcls"] * (name != "input_pipeline")]
+    run("-m", f"benchmarks.{name}", "--tiny", "--out", tmp_path, *chosen)
+    rows = read(tmp_path)
+    assert rows
+    assert not [row for row in rows.values() if "note" in row]
+
+
+@pytest.mark.slow
+def test_the_first_stage_runs_on_a_bare_machine(tmp_path, bare):
+    out = tmp_path / "out"
+    run("-m", "benchmarks.gpu", "first", "--tiny", "--out", out, "--peer", "jaxcls", environment=bare)
+    assert [path.name for path in out.iterdir()] == ["first_cpu.json"]
+    rows = read(out)
+    assert rows["train_step", "train", "jaxcls"]["images_per_second"]["n"] == 2
+    assert rows["score", "score", "jaxcls"]["images_per_second"]["n"] == 2
+    assert rows["correctness", "logits", "jaxcls"]["relative_difference"] < 0.02
+    assert len(rows["correctness", "loss_curve", "jaxcls"]["losses"]) == 50
+
+
+@pytest.mark.slow
+def test_a_row_that_needs_more_than_is_there_says_so(tmp_path, bare):
+    names = ("jaxcls-threads", "dataloader")
+    run("-m", "benchmarks.input_pipeline", "--tiny", "--out", tmp_path, "--peer", *names, environment=bare)
+    rows = read(tmp_path)
+    assert "needs grain" in rows["input_pipeline", "input_pipeline", "jaxcls-threads"]["note"]
+
+
+def test_there_are_at_most_eight_result_files_of_a_gpu():
+    assert len(STAGES) <= 8

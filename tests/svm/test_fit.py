@@ -9,8 +9,9 @@ from sklearn.preprocessing import normalize
 from sklearn.svm import LinearSVC
 
 from jaxcls.classifier import Classifier, Head
-from jaxcls.data.dataset import Dataset, MemorySource
+from jaxcls.data.dataset import Dataset
 from jaxcls.data.folder import read_folder
+from jaxcls.data.source import MemorySource
 from jaxcls.errors import DatasetError, UsageError
 from jaxcls.scoring import extract_features, predict
 from jaxcls.svm.fit import fit_svm

@@ -156,19 +156,26 @@ class Train(TrainingCommand):
     """A new folder for the run."""
     resume: bool = False
     """Go on with the run in --out where it stopped; start it if there is none yet."""
+    distributed: bool = False
+    """Train together with the other processes that were started with this command, by srun, mpirun or
+    Kubernetes; see "Several machines" in the README."""
 
     def run(self) -> int:
-        from jaxcls.train.finetune import CLASSIFIER_FOLDER
+        from jaxcls.parallel import is_first_process, processes
+        from jaxcls.train.folder import CLASSIFIER_FOLDER
 
         if self.resume and self.out is None:
             raise UsageError("--resume needs --out RUN, the folder of the run to go on with")
-        train, test = self.divide()
-        run_dir = self.out or _new_output("train")
-        result = jaxcls.finetune(
-            train, self.start.load(), self.config, eval_dataset=test, run_dir=run_dir, resume=self.resume
-        )
-        print(f"classifier: {run_dir / CLASSIFIER_FOLDER}")
-        return DONE if test is None else _report(result.classifier, test, run_dir)
+        with processes() if self.distributed else nullcontext():
+            train, test = self.divide()
+            run_dir = self.out or _new_output("train")
+            result = jaxcls.finetune(
+                train, self.start.load(), self.config, eval_dataset=test, run_dir=run_dir, resume=self.resume
+            )
+            if not is_first_process():
+                return DONE
+            print(f"classifier: {run_dir / CLASSIFIER_FOLDER}")
+            return DONE if test is None else _report(result.classifier, test, run_dir)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -42,7 +42,8 @@ class Batch(NamedTuple):
         images: uint8 [B, H, W, 3].
         labels: int32 [B], -1 where unlabelled.
         mask: bool [B], False for padding and for photos that could not be read.
-        indices: int32 [B], positions in the dataset; -1 for padding.
+        indices: int32 [B], positions in the dataset; -1 for padding. Of streamed photos, like `sizes` and
+            `errors`, for the rows of this process alone.
         sizes: int32 [B, 2], height and width of the photo.
         errors: B messages, "" for photos that could be read.
     """
@@ -62,6 +63,17 @@ class Batches(Iterator[Batch], Protocol):
         """Stop whatever prepares the next batches."""
 
 
+@dataclass(frozen=True)
+class Share:
+    """The rows of a batch that one of several processes reads: B / `count`, the `index`-th so many."""
+
+    index: int = 0
+    count: int = 1
+
+
+WHOLE = Share()
+
+
 class _Example(NamedTuple):
     image: np.ndarray
     label: int
@@ -72,7 +84,10 @@ class _Example(NamedTuple):
 
 @dataclass(frozen=True)
 class _Load:
-    """The photo at `position`, as the network sees it: a random view in training, else the fixed one."""
+    """The photo at `position`, as the network sees it: a random view in training, else the fixed one.
+
+    Positions after the last photo are padding.
+    """
 
     dataset: Dataset
     preprocess: Preprocess
@@ -82,11 +97,13 @@ class _Load:
     def __call__(self, position: int, index: int) -> _Example:
         if self.augmentation is not None:
             (index,) = training_order(len(self.dataset), self.seed, np.asarray([position])).tolist()
+        blank = np.zeros((self.preprocess.size, self.preprocess.size, 3), np.uint8)
+        if index >= len(self.dataset):
+            return _Example(blank, UNLABELLED, -1, (0, 0), "")
         label = int(self.dataset.labels[index])
         try:
             view, size = self._view(position, index)
         except ImageError as error:
-            blank = np.zeros((self.preprocess.size, self.preprocess.size, 3), np.uint8)
             return _Example(blank, label, index, (0, 0), str(error))
         return _Example(view, label, index, size, "")
 
@@ -100,24 +117,15 @@ class _Load:
         return cut_view(image, self.preprocess, views.scaled(scales)), photo.size
 
 
-@dataclass(frozen=True)
-class _Stack:
-    """Examples as one `Batch`, padded up to `batch_size`."""
-
-    batch_size: int
-
-    def __call__(self, examples: Sequence[_Example]) -> Batch:
-        missing = self.batch_size - len(examples)
-        padding = _Example(np.zeros_like(examples[0].image), UNLABELLED, -1, (0, 0), "")
-        rows = [*examples, *[padding] * missing]
-        return Batch(
-            images=np.stack([row.image for row in rows]),
-            labels=np.asarray([row.label for row in rows], np.int32),
-            mask=np.asarray([row.photo >= 0 and not row.error for row in rows]),
-            indices=np.asarray([row.photo for row in rows], np.int32),
-            sizes=np.asarray([row.size for row in rows], np.int32),
-            errors=tuple(row.error for row in rows),
-        )
+def _stack(rows: Sequence[_Example]) -> Batch:
+    return Batch(
+        images=np.stack([row.image for row in rows]),
+        labels=np.asarray([row.label for row in rows], np.int32),
+        mask=np.asarray([row.photo >= 0 and not row.error for row in rows]),
+        indices=np.asarray([row.photo for row in rows], np.int32),
+        sizes=np.asarray([row.size for row in rows], np.int32),
+        errors=tuple(row.error for row in rows),
+    )
 
 
 def steps_per_epoch(num_examples: int, batch_size: int) -> int:
@@ -151,6 +159,7 @@ def training_batches(
     seed: int,
     first_step: int = 0,
     num_workers: int = 0,
+    share: Share = WHOLE,
 ) -> Batches:
     """Full, shuffled, augmented batches without end. Close it (`contextlib.closing`).
 
@@ -162,29 +171,46 @@ def training_batches(
         seed: of order and views. The same for any `num_workers`.
         first_step: start with this batch.
         num_workers: processes that decode; 0: threads of this process.
+        share: of each batch; its rows alone are decoded.
     """
     load = _Load(dataset, preprocess, augmentation, seed)
     examples = grain.MapDataset.range(len(dataset)).repeat().map_with_index(load)
-    batches = examples.batch(batch_size, drop_remainder=True, batch_fn=_Stack(batch_size))[first_step:]
-    return _iterate(batches, num_workers)
+    return _iterate(_batches(examples, batch_size, share, first_step), num_workers)
 
 
 def evaluation_batches(
-    dataset: Dataset, preprocess: Preprocess, *, batch_size: int, num_workers: int = 0
+    dataset: Dataset,
+    preprocess: Preprocess,
+    *,
+    batch_size: int,
+    num_workers: int = 0,
+    share: Share = WHOLE,
 ) -> Batches:
     """Every photo once, in order; the last batch padded and masked. Close it (`contextlib.closing`)."""
-    examples = grain.MapDataset.range(len(dataset)).map_with_index(_Load(dataset, preprocess))
-    return _iterate(examples.batch(batch_size, batch_fn=_Stack(batch_size)), num_workers)
+    num_positions = steps_per_epoch(len(dataset), batch_size) * batch_size
+    examples = grain.MapDataset.range(num_positions).map_with_index(_Load(dataset, preprocess))
+    return _iterate(_batches(examples, batch_size, share), num_workers)
+
+
+def _batches(
+    examples: "grain.MapDataset", batch_size: int, share: Share, first_step: int = 0
+) -> "grain.MapDataset":
+    """A share of each batch, from that of `first_step` on."""
+    shares = examples.batch(batch_size // share.count, drop_remainder=True, batch_fn=_stack)
+    return shares[first_step * share.count + share.index :: share.count]
 
 
 def on_devices(batches: Batches, sharding: "Sharding") -> Generator[Batch, None, None]:
-    """The same batches with images, labels and mask on the devices, copied ahead of use. Close it too."""
-    import jax
+    """The same batches with images, labels and mask on the devices, copied ahead of use. Close it too.
+
+    Each of several processes passes its shares, and gets whole batches.
+    """
+    from jaxcls.parallel import put_rows
 
     with closing(batches):
         ahead: deque[Batch] = deque()
         for batch in batches:
-            images, labels, mask = jax.device_put((batch.images, batch.labels, batch.mask), sharding)
+            images, labels, mask = put_rows((batch.images, batch.labels, batch.mask), sharding)
             ahead.append(batch._replace(images=images, labels=labels, mask=mask))
             if len(ahead) > NUM_BATCHES_AHEAD:
                 yield ahead.popleft()

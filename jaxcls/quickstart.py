@@ -17,7 +17,8 @@ from jaxcls.evaluation.metrics import evaluate
 from jaxcls.scoring import predict
 from jaxcls.svm.fit import fit_svm
 from jaxcls.train.config import FinetuneConfig
-from jaxcls.train.finetune import CLASSIFIER_FOLDER, finetune
+from jaxcls.train.finetune import finetune
+from jaxcls.train.folder import CLASSIFIER_FOLDER
 
 IMAGE_SIZE = 20
 # From scratch, so without dropout; a mirrored digit is another sign, so without flips.

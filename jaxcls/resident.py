@@ -20,7 +20,7 @@ from jaxcls.augment.host import Augmentation, Views, draw_views
 from jaxcls.augment.views import cut_views
 from jaxcls.data.dataset import Dataset, leave_out, scan
 from jaxcls.errors import ImageError, UsageError
-from jaxcls.parallel import batch_sharding, replicated, steps_sharding
+from jaxcls.parallel import batch_sharding, put, replicated, steps_sharding
 from jaxcls.pipeline import Batch, training_order
 from jaxcls.preprocess import Preprocess
 from jaxcls.progress import show_progress
@@ -80,7 +80,7 @@ class ResidentPhotos:
         cut = jax.jit(self._cut, in_shardings=(replicated(self.mesh), sharding), out_shardings=sharding)
         for step in count(first_step):
             rows = self._rows(seed, step * batch_size, batch_size)
-            yield self._batch(rows.indices, *cut(self.pixels, rows))
+            yield self._batch(rows.indices, *cut(self.pixels, put(rows, sharding)))
 
     def blocks(
         self, *, batch_size: int, seed: int, num_steps: Iterable[int], capacity: int, first_step: int = 0
@@ -109,7 +109,7 @@ class ResidentPhotos:
         step = first_step
         for n in num_steps:
             rows = self._rows(seed, step * batch_size, n * batch_size)
-            images, labels = cut(self.pixels, jax.tree.map(arrange, rows))
+            images, labels = cut(self.pixels, put(jax.tree.map(arrange, rows), sharding))
             yield self._batch(rows.indices.reshape(n, batch_size), images, labels)
             step += n
 
@@ -150,6 +150,7 @@ def choose_pipeline(
     preprocess: Preprocess,
     augmentation: Augmentation,
     mesh: Mesh,
+    budget: int,
     *,
     max_bad_fraction: float = 0.0,
 ) -> Choice:
@@ -162,6 +163,7 @@ def choose_pipeline(
         preprocess: how photos become images.
         augmentation: the views that training sees.
         mesh: the devices.
+        budget: in bytes, what the photos may take on each device; see `memory_budget`.
         max_bad_fraction: fail when more than this share cannot be decoded.
 
     Raises:
@@ -173,7 +175,7 @@ def choose_pipeline(
     if pipeline == "auto" and augmentation.crops and mesh.devices.flat[0].platform in CROPPED_BY_HOST:
         reason = "Streaming: without an accelerator, random crops are faster while photos are decoded"
         return Choice(scan(dataset, max_bad_fraction=max_bad_fraction), None, reason)
-    store = _Store(dataset, preprocess, augmentation, memory_budget(mesh))
+    store = _Store(dataset, preprocess, augmentation, budget)
     try:
         store.check_samples()
         stored = store.decode_all()
@@ -272,7 +274,7 @@ def _to_devices(dataset: Dataset, stored: list[_Stored], store: _Store, mesh: Me
     while stored:  # each photo is let go as soon as it is copied: the memory is not needed twice
         photo = stored.pop().pixels
         pixels[len(stored), : photo.shape[0], : photo.shape[1]] = photo
-    on_devices = jax.device_put(pixels, replicated(mesh))
+    on_devices = put(pixels, replicated(mesh))
     return ResidentPhotos(
         on_devices, stored_sizes, sizes, dataset.labels, store.preprocess, store.augmentation, mesh
     )

@@ -29,6 +29,7 @@ manifest program
 classifier
 scoring
 train.config train.state train.optimizer train.step train.signals train.checkpoint train.reporters
+train.folder
 train.finetune
 svm.fit
 quickstart

@@ -122,7 +122,7 @@ class Stage(nn.Module):
 
 
 class ResNet(nn.Module):
-    """The trunk: pixels [B, H, W, 3] -> pooled features [B, D] float32. See `make_apply` for the options."""
+    """The trunk: pixels [B, H, W, 3] -> pooled features [B, D], float32 or wider. See `make_apply`."""
 
     architecture: Architecture
     dtype: DTypeLike = jnp.float32
@@ -151,7 +151,7 @@ class ResNet(nn.Module):
             x = Stage(stage_block, num_blocks, stride=1 if stage == 1 else 2, name=f"stage{stage}")(x)
             if stage == self.num_frozen_stages:
                 x = lax.stop_gradient(x)
-        return jnp.mean(x, axis=(1, 2), dtype=jnp.float32)
+        return jnp.mean(x, axis=(1, 2), dtype=jnp.promote_types(self.dtype, jnp.float32))
 
 
 class Apply(Protocol):

@@ -20,7 +20,7 @@ from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
@@ -30,6 +30,9 @@ from jaxcls.data.dataset import Dataset
 from jaxcls.errors import TrainingError, UsageError
 from jaxcls.storage import file_sha256
 from jaxcls.train.state import Totals, TrainState, to_host
+
+if TYPE_CHECKING:
+    import orbax.checkpoint as ocp
 
 ARRAYS, PROGRESS, CHECKSUMS = "arrays", "progress.json", "sha256sums"
 FORMAT, FORMAT_VERSION = "jaxcls-checkpoint", 1
@@ -156,8 +159,6 @@ class Checkpoints:
         return None, notes
 
     def _read(self, path: Path, like: TrainState) -> tuple[Snapshot, str]:
-        from orbax.checkpoint import v1 as ocp
-
         progress = json.loads((path / PROGRESS).read_text(encoding="utf-8"))
         if (progress["format"], progress["format_version"]) != (FORMAT, FORMAT_VERSION):
             raise TrainingError(
@@ -169,21 +170,20 @@ class Checkpoints:
                 f"{path} belongs to another run: {'; '.join(differences)}. "
                 "Repeat what the run was started with, or give a new folder"
             )
-        state = TrainState(**ocp.load(path / ARRAYS, vars(to_host(like))))
+        with _orbax() as orbax:
+            state = TrainState(**orbax.restore(path / ARRAYS, vars(to_host(like))))
         snapshot = Snapshot(state, Totals(**progress["totals"]), tuple(progress["history"]))
         return snapshot, progress["environment"]
 
     def _write(self, snapshot: Snapshot) -> None:
-        # Imported in the writing thread: half a second for which training need not wait.
-        from orbax.checkpoint import v1 as ocp
-
         path = self.folder / f"{snapshot.step:08d}"
         partial = path.with_suffix(PARTIAL)
         try:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
             _require_room(partial, snapshot)
-            ocp.save(partial / ARRAYS, vars(snapshot.state))
+            with _orbax() as orbax:
+                orbax.save(partial / ARRAYS, vars(snapshot.state))
             progress = {
                 "format": FORMAT,
                 "format_version": FORMAT_VERSION,
@@ -211,6 +211,19 @@ class Checkpoints:
         for path in _complete(self.folder)[: -self._num_kept]:
             if int(path.name) != best_step:
                 _remove(path)
+
+
+def _orbax() -> "ocp.Checkpointer":
+    """For this process alone: it would wait for all the others, which do not save."""
+    # Imported in the writing thread: half a second for which training need not wait.
+    import orbax.checkpoint as ocp
+
+    index = jax.process_index()
+    options = ocp.options.MultiprocessingOptions(
+        primary_host=index, active_processes={index}, barrier_sync_key_prefix=f"process{index}"
+    )
+    handler = ocp.StandardCheckpointHandler(multiprocessing_options=options)
+    return ocp.Checkpointer(handler, multiprocessing_options=options)
 
 
 def fingerprint(dataset: Dataset) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """`finetune`: a dataset and a backbone become a classifier. The only loop over training steps."""
 
+import hashlib
 import json
 import threading
 import time
@@ -16,26 +17,44 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxcls.classifier import Classifier, Head, as_backbone, load
+from jaxcls.classifier import Classifier, Head, as_backbone
 from jaxcls.data.dataset import UNLABELLED, Dataset, scan
 from jaxcls.errors import ClassifierError, DatasetError, TrainingError, UsageError
 from jaxcls.models.precision import compute_dtype
 from jaxcls.models.pretrained import Backbone
 from jaxcls.models.resnet import make_apply
-from jaxcls.parallel import batch_sharding, make_mesh, replicated, steps_sharding
-from jaxcls.pipeline import Batch, evaluation_batches, on_devices, steps_per_epoch, training_batches
+from jaxcls.parallel import (
+    batch_sharding,
+    from_first_process,
+    gather,
+    is_first_process,
+    make_mesh,
+    replicated,
+    steps_sharding,
+    together,
+)
+from jaxcls.pipeline import (
+    Batch,
+    Share,
+    evaluation_batches,
+    on_devices,
+    steps_per_epoch,
+    training_batches,
+    training_order,
+)
 from jaxcls.resident import choose_pipeline, memory_budget
 from jaxcls.train.checkpoint import Checkpoints, Snapshot, checksum, fingerprint
 from jaxcls.train.config import FinetuneConfig
-from jaxcls.train.optimizer import make_optimizer, make_schedule
-from jaxcls.train.reporters import (
-    ConsoleReporter,
-    MetricsReporter,
-    PlotReporter,
-    Reporter,
-    Reporters,
-    TensorBoardReporter,
+from jaxcls.train.folder import (
+    CHECKPOINTS_FOLDER,
+    CLASSIFIER_FOLDER,
+    has_classifier,
+    open_folder,
+    open_reporters,
+    write_config,
 )
+from jaxcls.train.optimizer import make_optimizer, make_schedule
+from jaxcls.train.reporters import ConsoleReporter, Reporter, Reporters
 from jaxcls.train.signals import TERMINATED, no_interrupts, watch_termination
 from jaxcls.train.state import Totals, TrainState, init_state, to_devices, to_host
 from jaxcls.train.step import (
@@ -49,7 +68,6 @@ from jaxcls.train.step import (
     make_train_step,
 )
 
-CLASSIFIER_FOLDER, CHECKPOINTS_FOLDER, CONFIG_FILE = "classifier", "checkpoints", "config.json"
 # Everything else in a configuration decides what the parameters become.
 WITHOUT_EFFECT = {"num_workers", "log_every", "max_bad_fraction", "num_checkpoints", "checkpoint_seconds"}
 
@@ -63,7 +81,7 @@ class FinetuneResult:
         history: one row per epoch: epoch, step, learning_rate, train_loss, train_accuracy,
             images_per_second and, with an evaluation set, eval_loss, eval_accuracy (micro),
             eval_num_correct, eval_num_seen.
-        run_dir: where the run was written, or None.
+        run_dir: where this process wrote the run, or None.
     """
 
     classifier: Classifier
@@ -81,7 +99,10 @@ def finetune(
     resume: bool = False,
     reporters: Sequence[Reporter] | None = None,
 ) -> FinetuneResult:
-    """Train a backbone and a new head on a dataset, over all devices.
+    """Train a backbone and a new head on a dataset, over all devices, and all `parallel.processes`.
+
+    Each of several processes makes the same call and needs all the photos. The first writes `run_dir` and
+    calls the reporters; all return the classifier.
 
     With a `run_dir`, a run that was stopped or killed at any point can be resumed, and ends with bitwise
     the parameters, history and `metrics.jsonl` of an undisturbed one (the speeds in the history aside), on
@@ -113,7 +134,9 @@ def finetune(
     """
     if resume and run_dir is None:
         raise UsageError("resume=True needs the run_dir of the run to go on with")
-    folder = None if run_dir is None else _open_folder(Path(run_dir), resume=resume)
+    folder = None if run_dir is None else Path(run_dir)
+    if folder is not None:
+        together(lambda: open_folder(folder, resume=resume) if is_first_process() else None)
     run = _Run(dataset, as_backbone(backbone), config or FinetuneConfig(), eval_dataset, folder)
     if resume:
         run.restore()
@@ -131,23 +154,47 @@ class _Run:
         eval_dataset: Dataset | None,
         run_dir: Path | None,
     ) -> None:
-        self.config, self.backbone, self.run_dir = config, backbone, run_dir
+        self.config, self.backbone = config, backbone
         # What can be refused before the scan is: it reads every photo.
         dataset.require_every_class()
         dataset.class_weights(config.class_weight)
-        self.mesh = make_mesh(config.batch_size)
+        self.mesh = make_mesh(config.batch_size, across_processes=True)
+        self.share = Share(jax.process_index(), jax.process_count())
+        self.budget = min(gather(memory_budget(self.mesh)))
         # Never several steps in a loop on CPU: XLA's gradient of a convolution is many times slower there.
         is_looped = jax.default_backend() != "cpu" and config.pipeline != "streaming"
         self.block_capacity = min(config.log_every, STEPS_PER_DISPATCH) if is_looped else 1
         self.dataset = dataset
         self.state: TrainState
         self._prepare()
+        together(lambda: self._read_photos(dataset, eval_dataset))
+        self.eval_batches: list[Batch] = []
+        self.first_step = self.step = 0
+        self.total = Totals()
+        self.history: list[dict[str, Any]] = []
+        self.notes: list[str] = []
+        self.kept: Snapshot | None = None
+        self.terminated = threading.Event()
+        self.is_resumable = run_dir is not None
+        self.run_dir = run_dir if is_first_process() else None
+        self.checkpoints = None
+        self._require_same_everywhere()
+        if self.run_dir is not None:
+            folder = self.run_dir / CHECKPOINTS_FOLDER
+            self.checkpoints = Checkpoints(
+                folder, self._identity(), self._environment(), num_kept=config.num_checkpoints
+            )
+
+    def _read_photos(self, dataset: Dataset, eval_dataset: Dataset | None) -> None:
+        """Find undecodable photos, and decode those that are to be resident."""
+        config = self.config
         self.dataset, self.photos, self.pipeline_note = choose_pipeline(
             config.pipeline,
             dataset,
-            backbone.preprocess,
+            self.backbone.preprocess,
             config.augmentation,
             self.mesh,
+            self.budget,
             max_bad_fraction=config.max_bad_fraction,
         )
         self.dataset.require_every_class()
@@ -164,26 +211,23 @@ class _Run:
                 raise DatasetError(
                     f"evaluation dataset {eval_dataset.name} needs images, all of them labelled"
                 )
-        self.eval_batches: list[Batch] = []
-        self.first_step = self.step = 0
-        self.total = Totals()
-        self.history: list[dict[str, Any]] = []
-        self.notes: list[str] = []
-        self.kept: Snapshot | None = None
-        self.checkpoints = None
-        self.terminated = threading.Event()
-        if run_dir is not None:
-            folder = run_dir / CHECKPOINTS_FOLDER
-            self.checkpoints = Checkpoints(
-                folder, self._identity(), self._environment(), num_kept=config.num_checkpoints
-            )
+
+    def _require_same_everywhere(self) -> None:
+        if jax.process_count() == 1:
+            return
+        identities = gather(hashlib.sha256(json.dumps(self._identity()).encode()).hexdigest())
+        for index, identity in enumerate(identities):
+            if identity != identities[0]:
+                raise UsageError(
+                    f"process {index} was given other photos, weights or settings than the first: start all "
+                    "processes with the same command, and let all see the same files"
+                )
 
     def restore(self) -> None:
         """Go back to the newest good checkpoint, if there is one."""
-        assert self.checkpoints is not None
-        snapshot, self.notes = self.checkpoints.restore(self.state)
+        snapshot = self._from_first_process(together(self._restored))
         if snapshot is None:
-            self.notes.append(f"Nothing to resume in {self.run_dir}: starting from the beginning")
+            self.notes.append("Nothing to resume: starting from the beginning")
             return
         self.state = to_devices(snapshot.state, replicated(self.mesh))
         self.first_step = self.step = snapshot.step
@@ -191,7 +235,21 @@ class _Run:
         if self.step == len(self.history) * self.steps_per_epoch:
             self.kept = snapshot
         total = self.config.num_epochs * self.steps_per_epoch
-        self.notes.append(f"Resuming {self.run_dir} after step {self.step} of {total}")
+        self.notes.append(f"Resuming after step {self.step} of {total}")
+
+    def _restored(self) -> Snapshot | None:
+        if self.checkpoints is None:
+            return None
+        snapshot, self.notes = self.checkpoints.restore(self.state)
+        return snapshot
+
+    def _from_first_process(self, snapshot: Snapshot | None) -> Snapshot | None:
+        progress = gather(None if snapshot is None else [asdict(snapshot.totals), snapshot.history])[0]
+        if progress is None:
+            return None
+        totals, history = progress
+        state = from_first_process(to_host(self.state) if snapshot is None else snapshot.state)
+        return Snapshot(state, Totals(**totals), tuple(history))
 
     def train(self, reporters: Sequence[Reporter] | None) -> FinetuneResult:
         if reporters is None:
@@ -200,13 +258,17 @@ class _Run:
                     self.config.num_epochs, self.steps_per_epoch, self.config.batch_size, self.step
                 )
             ]
-        self._write_config()
+        if not is_first_process():
+            reporters = []
+        elif self.run_dir is not None:
+            write_config(self.run_dir, self.config, self.backbone, self.dataset, self.eval_dataset)
+            reporters = [*open_reporters(self.run_dir, self.history, self.step), *reporters]
         with ExitStack() as stack:
-            reporter = Reporters([*self._run_reporters(), *reporters])
+            reporter = Reporters(reporters)
             stack.callback(reporter.close)
             # Also on Ctrl-C and on errors: what the last whole epoch made is kept.
             stack.push(partial(self._keep, reporter))
-            if self.run_dir is not None:
+            if self.is_resumable:
                 self.terminated = stack.enter_context(watch_termination())
             reporter.message(self._describe())
             self.compiling.result()
@@ -265,7 +327,8 @@ class _Run:
             weights=self.dataset.class_weights(config.class_weight),
             ema_decay=config.ema_decay,
         )
-        return jax.device_put(state, replicated(mesh)), train_step, make_eval_step(apply, preprocess, mesh)
+        state = to_devices(to_host(state), replicated(mesh))
+        return state, train_step, make_eval_step(apply, preprocess, mesh)
 
     def _stream(self) -> Generator[Batch, None, None]:
         config = self.config
@@ -289,22 +352,24 @@ class _Run:
             seed=self.config.seed,
             first_step=self.step,
             num_workers=self.config.num_workers,
+            share=self.share,
         )
         return on_devices(batches, batch_sharding(self.mesh))
 
     def _train_epoch(self, epoch: int, stream: Iterator[Batch], reporter: Reporter) -> None:
         started, num_seen_before = time.perf_counter(), self.total.num_seen
         last_step = epoch * self.steps_per_epoch
-        pending: list[tuple[np.ndarray, Sums]] = []
+        pending: list[tuple[int, Sums]] = []
         while self.step < last_step:
             pending.append(self._advance(next(stream)))
             is_logged = self.step % self.steps_per_epoch % self.config.log_every == 0
-            is_due = self._is_checkpoint_due()
+            is_ending, is_late = self._agree(is_logged)
+            is_due = is_ending or (is_late and self.step < last_step)
             if is_logged or is_due or self.step == last_step:
                 self._fetch(pending, reporter)
                 pending.clear()
             if is_due:
-                self._checkpoint()
+                self._checkpoint(is_ending)
         seconds = time.perf_counter() - started
         row = {
             "epoch": epoch,
@@ -322,53 +387,57 @@ class _Run:
         if self.checkpoints is not None and self.checkpoints.has_room_for(self.kept):
             self.checkpoints.save(self.kept)
 
-    def _advance(self, batch: Batch) -> tuple[np.ndarray, Sums]:
-        """Do the steps of a batch, or of a block of batches: their photos [n, B], and their sums."""
+    def _advance(self, batch: Batch) -> tuple[int, Sums]:
+        """Do the steps of a batch, or of a block of batches: their number, and their sums."""
         _require_readable(batch)
         if batch.indices.ndim == 1:
+            num_steps = 1
             self.state, sums = self.train_step(self.state, batch.images, batch.labels)
         else:
-            self.state, sums = self.train_loop(self.state, batch.images, batch.labels, len(batch.indices))
-        indices = np.atleast_2d(batch.indices)
-        self.step += len(indices)
-        return indices, sums
+            num_steps = len(batch.indices)
+            self.state, sums = self.train_loop(self.state, batch.images, batch.labels, num_steps)
+        self.step += num_steps
+        return num_steps, sums
 
     def _snapshot(self) -> Snapshot:
         return Snapshot(to_host(self.state), self.total, tuple(self.history))
 
-    def _is_checkpoint_due(self) -> bool:
-        if self.checkpoints is None:
-            return False
-        is_late = self.checkpoints.seconds_since_save >= self.config.checkpoint_seconds
-        is_within_epoch = self.step % self.steps_per_epoch > 0
-        return self.terminated.is_set() or (is_late and is_within_epoch and not self.checkpoints.is_writing)
+    def _agree(self, is_logged: bool) -> tuple[bool, bool]:
+        """Whether to end, as one of the processes was asked to, and whether a checkpoint is due."""
+        if jax.process_count() > 1 and not is_logged:  # to ask them takes time
+            return False, False
+        is_late = (
+            self.checkpoints is not None
+            and self.checkpoints.seconds_since_save >= self.config.checkpoint_seconds
+            and not self.checkpoints.is_writing
+        )
+        answers = gather([int(self.terminated.is_set()), int(is_late)])
+        return any(ending for ending, _ in answers), any(late for _, late in answers)
 
-    def _checkpoint(self) -> None:
-        """Save between two steps; leave if the process was asked to end."""
-        assert self.checkpoints is not None
-        self.checkpoints.save(self._snapshot())
-        if self.terminated.is_set():
+    def _checkpoint(self, is_ending: bool) -> None:
+        """Save between two steps; leave if the processes are to end."""
+        if self.checkpoints is not None:
+            self.checkpoints.save(self._snapshot())
+        if is_ending:
             raise SystemExit(TERMINATED)
 
     def _rate(self, step: int) -> float:
         # Through str: the shortest decimal that is this float32, 0.05 and not 0.05000000074505806.
         return float(str(np.float32(self.schedule(step - 1))))
 
-    def _fetch(self, pending: Sequence[tuple[np.ndarray, Sums]], reporter: Reporter) -> None:
+    def _fetch(self, pending: Sequence[tuple[int, Sums]], reporter: Reporter) -> None:
         """Add up the last steps' sums; the first loss that is not finite ends the run."""
         fetched = jax.device_get([sums for _, sums in pending])
-        indices = [batch for block, _ in pending for batch in block]
         totals = [
             one
-            for (block, _), sums in zip(pending, fetched, strict=True)
-            for one in _totals(sums)[: len(block)]
+            for (num_steps, _), sums in zip(pending, fetched, strict=True)
+            for one in _totals(sums)[:num_steps]
         ]
-        for number, (batch, one) in enumerate(zip(indices, totals, strict=True), start=1):
+        for step, one in enumerate(totals, start=self.step - len(totals)):
             if not np.isfinite(one.loss):
-                ids = ", ".join(self.dataset.ids[i] for i in batch)
                 raise TrainingError(
-                    f"the loss is {one.loss} at step {self.step - len(totals) + number}: lower the learning "
-                    f"rates, or look at the batch: {ids}"
+                    f"the loss is {one.loss} at step {step + 1}: lower the learning rates, or look at the "
+                    f"batch: {', '.join(self._ids_of(step))}"
                 )
         # Step by step, so that the sum's last bits do not depend on where a run was interrupted.
         self.total = sum(totals, start=self.total)
@@ -376,17 +445,23 @@ class _Run:
         rate = self._rate(self.step)
         reporter.steps(len(totals), {"loss": recent.mean_loss, "error": 1 - recent.accuracy, "rate": rate})
 
+    def _ids_of(self, step: int) -> list[str]:
+        positions = step * self.config.batch_size + np.arange(self.config.batch_size)
+        order = training_order(len(self.dataset), self.config.seed, positions)
+        return [self.dataset.ids[index] for index in order]
+
     def _evaluate(self) -> dict[str, Any]:
         if self.eval_dataset is None:
             return {}
         fetched = []
         with closing(self._eval_stream()) as stream:
-            for batch in stream:
+            for number, batch in enumerate(stream, start=1):
                 _require_readable(batch)
                 params, batch_stats = self.state.best_params, self.state.batch_stats
                 fetched.append(self.eval_step(params, batch_stats, batch.images, batch.labels, batch.mask))
-                if self.terminated.is_set():
-                    self._checkpoint()
+                is_ending, _ = self._agree(number % self.config.log_every == 0)
+                if is_ending:
+                    self._checkpoint(is_ending)
         total = sum((one for sums in jax.device_get(fetched) for one in _totals(sums)), start=Totals())
         if not np.isfinite(total.loss):
             raise TrainingError(
@@ -408,10 +483,14 @@ class _Run:
             return
         config, preprocess = self.config, self.backbone.preprocess
         batches = evaluation_batches(
-            self.eval_dataset, preprocess, batch_size=config.batch_size, num_workers=config.num_workers
+            self.eval_dataset,
+            preprocess,
+            batch_size=config.batch_size,
+            num_workers=config.num_workers,
+            share=self.share,
         )
         num_bytes = len(self.eval_dataset) * preprocess.size**2 * 3
-        is_kept = config.pipeline != "streaming" and num_bytes <= memory_budget(self.mesh)
+        is_kept = config.pipeline != "streaming" and num_bytes <= self.budget
         with closing(on_devices(batches, batch_sharding(self.mesh))) as stream:
             for batch in stream:
                 if is_kept:
@@ -455,24 +534,16 @@ class _Run:
         if kind is not None and self.checkpoints.newest is not None:
             reporter.message(f"The run can be resumed after step {self.checkpoints.newest[0]}")
 
-    def _is_saved(self, path: Path) -> bool:
-        """Whether a run that had ended before left its classifier: it stays, with what was exported since."""
-        assert self.kept is not None
-        if self.first_step < self.config.num_epochs * self.steps_per_epoch:
-            return False
-        try:
-            return load(path).provenance.get("num_epochs_done") == len(self.kept.history)
-        except ClassifierError:
-            return False
-
     def _save_classifier(self, path: Path, reporter: Reporter, *, is_stopped: bool) -> None:
-        if self._is_saved(path):
+        assert self.kept is not None
+        num_epochs = len(self.kept.history)
+        was_finished = self.first_step == self.config.num_epochs * self.steps_per_epoch
+        if was_finished and has_classifier(path.parent, num_epochs):
             return
         if not is_stopped:
             self._classifier().save(path)
             return
-        assert self.kept is not None
-        done = f"epoch {len(self.kept.history)} of {self.config.num_epochs}"
+        done = f"epoch {num_epochs} of {self.config.num_epochs}"
         try:
             self._classifier().save(path)
             reporter.message(f"Stopped: keeping {done} in {path}")
@@ -494,38 +565,8 @@ class _Run:
         photos = "streamed" if self.photos is None else "resident"
         return (
             f"{self.mesh.size} x {jax.devices()[0].device_kind} with jax {version('jax')}, {photos} photos, "
-            f"up to {self.block_capacity} steps a dispatch"
+            f"up to {self.block_capacity} steps a dispatch, {jax.process_count()} processes"
         )
-
-    def _run_reporters(self) -> list[Reporter]:
-        if self.run_dir is None:
-            return []
-        return [
-            MetricsReporter(self.run_dir, self.history),
-            TensorBoardReporter(self.run_dir, self.step),
-            PlotReporter(self.run_dir, self.history),
-        ]
-
-    def _write_config(self) -> None:
-        if self.run_dir is None:
-            return
-        datasets = {"train": self.dataset, "eval": self.eval_dataset}
-        description = {
-            "config": asdict(self.config),
-            "versions": {name: version(name) for name in ("jaxcls", "jax", "flax", "optax", "grain")},
-            "backbone": {"architecture": self.backbone.architecture, **self.backbone.provenance},
-            "preprocess": self.backbone.preprocess.to_json(),
-            "datasets": {
-                name: {"name": part.name, "classes": part.classes, "num_images": len(part)}
-                for name, part in datasets.items()
-                if part is not None
-            },
-        }
-        text = json.dumps(description, indent=2, ensure_ascii=False)
-        (self.run_dir / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
-        if self.eval_dataset is not None:
-            ids = "".join(f"{i}\n" for i in self.eval_dataset.ids)
-            (self.run_dir / "test_ids.txt").write_text(ids, encoding="utf-8")
 
     def _describe(self) -> str:
         config = self.config
@@ -537,7 +578,8 @@ class _Run:
             f"Fine-tuning {self.backbone.architecture} on {len(self.dataset)} images of "
             f"{len(self.dataset.classes)} classes: {num_parameters} parameters in {len(leaves)} tensors",
             f"{config.num_epochs} epochs of {self.steps_per_epoch} steps with {config.batch_size} images of "
-            f"{self.backbone.preprocess.size} px in {dtype} on {self.mesh.size} x {device.device_kind}",
+            f"{self.backbone.preprocess.size} px in {dtype} on {self.mesh.size} x {device.device_kind}"
+            + (f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""),
         ]
         if self.backbone.pretrained_head is not None:
             num_classes = len(self.backbone.pretrained_head[1])
@@ -560,19 +602,3 @@ def _totals(sums: Sums) -> list[Totals]:
     return [
         Totals(*values) for values in zip(*(np.atleast_1d(value).tolist() for value in sums), strict=True)
     ]
-
-
-def _open_folder(folder: Path, *, resume: bool) -> Path:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if not any(folder.iterdir()):
-            return folder
-    except OSError as error:
-        raise UsageError(f"{folder} cannot hold a run: {error.strerror}") from error
-    if not resume:
-        raise UsageError(
-            f"{folder} is not empty: give each run a folder of its own, or resume its run (--resume)"
-        )
-    if not (folder / CONFIG_FILE).exists():
-        raise UsageError(f"{folder} holds no run to resume, but something else: give another folder")
-    return folder

@@ -10,6 +10,7 @@ from jax.sharding import Sharding
 
 from jaxcls.classifier import init_head
 from jaxcls.models.pretrained import Backbone
+from jaxcls.parallel import put
 
 
 @jax.tree_util.register_dataclass
@@ -110,7 +111,8 @@ def to_host(state: TrainState) -> TrainState:
 
 def to_devices(state: TrainState, sharding: Sharding) -> TrainState:
     """What `to_host` took, as JAX arrays."""
-    return jax.device_put(replace(state, key=jax.random.wrap_key_data(state.key)), sharding)
+    state = put(state, sharding)
+    return replace(state, key=jax.random.wrap_key_data(state.key))
 
 
 def _copy(tree: Any) -> Any:

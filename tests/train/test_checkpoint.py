@@ -201,7 +201,7 @@ def test_killed_while_saving_then_ended_then_damaged(world, undisturbed, compila
     flip(damaged)
     train(world, run_dir, resume=True, reporters=[recorder])
     assert re.search(rf"Checkpoint {run_dir}/.* is damaged and passed over: .*{damaged.name}", recorder.text)
-    assert f"Resuming {run_dir} after step" in recorder.text
+    assert "Resuming after step" in recorder.text
     assert_as_undisturbed(run_dir, undisturbed)
 
 

@@ -16,7 +16,6 @@ from jaxcls.data.dataset import Dataset
 from jaxcls.data.folder import read_folder
 from jaxcls.data.source import MemorySource
 from jaxcls.errors import DatasetError, TrainingError, UsageError
-from jaxcls.parallel import make_mesh
 from jaxcls.scoring import make_scorer, predict
 from jaxcls.train.config import FinetuneConfig
 from jaxcls.train.finetune import finetune
@@ -227,20 +226,6 @@ def test_another_seed_trains_otherwise(photos, backbone, run):
     with pytest.raises(KeyboardInterrupt):
         finetune(photos, backbone, replace(CONFIG, seed=1), reporters=[recorder])
     assert recorder.losses != run[1].losses[:2]
-
-
-@SLOW
-def test_one_device_trains_as_two(photos, backbone, monkeypatch):
-    """Two steps with a small rate: batch norm over 6 values multiplies the rounding of each."""
-    config = replace(CONFIG, learning_rates=(0.002,))
-    losses = []
-    for num_devices in (2, 1):
-        monkeypatch.setattr(jaxcls.train.finetune, "make_mesh", lambda _, n=num_devices: make_mesh(n))
-        recorder = StopAt(step=2)
-        with pytest.raises(KeyboardInterrupt):
-            finetune(photos, backbone, config, reporters=[recorder])
-        losses.append(recorder.losses)
-    np.testing.assert_allclose(*losses, rtol=1e-5)
 
 
 def losses_of(dataset, backbone, config, num_steps):

@@ -10,7 +10,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -162,6 +162,17 @@ def steps_sharding(mesh: Mesh) -> NamedSharding:
 def replicated(mesh: Mesh) -> NamedSharding:
     """A whole copy on every device."""
     return NamedSharding(mesh, PartitionSpec())
+
+
+def memory_limit(mesh: Mesh) -> int:
+    """How many bytes each of a mesh's devices of this process can hold; CPU devices share the host's."""
+    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    device = mesh.local_devices[0]
+    if device.platform != "cpu":
+        return (device.memory_stats() or {}).get("bytes_limit", physical)
+    with suppress(OSError, ValueError):  # a container's share; "max" where it has none
+        physical = min(physical, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return physical // len(mesh.local_devices)
 
 
 def put(tree: Any, sharding: Sharding) -> Any:

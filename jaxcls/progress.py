@@ -13,3 +13,8 @@ def show_progress(items: Iterable[T], description: str, total: int) -> Iterable[
     """The same items, counted as they pass."""
     console = Console(stderr=True)
     return track(items, description, total, console=console, transient=True, disable=not console.is_terminal)
+
+
+def format_bytes(number: int) -> str:
+    """As people say it: "1.5 GiB"."""
+    return f"{number / 2**30:.1f} GiB" if number >= 2**30 else f"{number / 2**20:.1f} MiB"

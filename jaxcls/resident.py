@@ -20,10 +20,10 @@ from jaxcls.augment.host import Augmentation, Views, draw_views
 from jaxcls.augment.views import cut_views
 from jaxcls.data.dataset import Dataset, leave_out, scan
 from jaxcls.errors import ImageError, UsageError
-from jaxcls.parallel import batch_sharding, put, replicated, steps_sharding
+from jaxcls.parallel import batch_sharding, memory_limit, put, replicated, steps_sharding
 from jaxcls.pipeline import Batch, training_order
 from jaxcls.preprocess import Preprocess
-from jaxcls.progress import show_progress
+from jaxcls.progress import format_bytes, show_progress
 
 MEMORY_SHARE = 0.25
 """Of a device's memory, and of the host's, that the photos of one dataset may take."""
@@ -186,18 +186,14 @@ def choose_pipeline(
     dataset = leave_out(dataset, [photo.problem for photo in stored], max_bad_fraction=max_bad_fraction)
     stored = [photo for photo in stored if photo.problem is None]
     photos = _to_devices(dataset, stored, store, mesh)
-    reason = f"Resident: decoded once, {_bytes(photos.pixels.nbytes)} on each device; {store.allowance}"
+    reason = f"Resident: decoded once, {format_bytes(photos.pixels.nbytes)} on each device; {store.allowance}"
     return Choice(dataset, photos, reason)
 
 
 def memory_budget(mesh: Mesh) -> int:
-    """How many bytes of resident photos each device may hold: `MEMORY_SHARE` of its memory or the host's."""
+    """How many bytes of resident photos each device may hold: `MEMORY_SHARE` of its memory and the host's."""
     physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    device = mesh.local_devices[0]
-    if device.platform == "cpu":
-        return int(MEMORY_SHARE * physical) // len(mesh.local_devices)
-    limit = (device.memory_stats() or {}).get("bytes_limit", physical)
-    return int(MEMORY_SHARE * min(limit, physical))
+    return int(MEMORY_SHARE * min(memory_limit(mesh), physical))
 
 
 class _TooLargeError(Exception):
@@ -221,7 +217,7 @@ class _Store:
 
     @property
     def allowance(self) -> str:
-        return f"{_bytes(self.budget)} is allowed, {MEMORY_SHARE:.0%} of the memory"
+        return f"{format_bytes(self.budget)} is allowed, {MEMORY_SHARE:.0%} of the memory"
 
     def decode(self, index: int) -> _Stored:
         short_side = self.augmentation.short_side(self.preprocess)
@@ -259,7 +255,7 @@ class _Store:
                     raise _TooLargeError(
                         f"{len(self.dataset)} photos padded to {height} x {width} pixels, among them "
                         f"{self.dataset.ids[index]} of {photo.pixels.shape[0]} x {photo.pixels.shape[1]}, "
-                        f"take {_bytes(needed)} on each device; {self.allowance}"
+                        f"take {format_bytes(needed)} on each device; {self.allowance}"
                     )
         finally:
             pool.shutdown(cancel_futures=True)
@@ -278,7 +274,3 @@ def _to_devices(dataset: Dataset, stored: list[_Stored], store: _Store, mesh: Me
     return ResidentPhotos(
         on_devices, stored_sizes, sizes, dataset.labels, store.preprocess, store.augmentation, mesh
     )
-
-
-def _bytes(number: int) -> str:
-    return f"{number / 2**30:.1f} GiB" if number >= 2**30 else f"{number / 2**20:.1f} MiB"

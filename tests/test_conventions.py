@@ -28,8 +28,8 @@ models.hub models.fold
 manifest program
 classifier
 scoring
-train.config train.state train.optimizer train.step train.signals train.checkpoint train.reporters
-train.folder
+train.config train.state train.optimizer train.step train.memory train.signals train.checkpoint
+train.reporters train.folder
 train.finetune
 svm.fit
 quickstart

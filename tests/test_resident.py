@@ -41,7 +41,9 @@ def _crop_on_the_device(monkeypatch):
 
 
 def choose(dataset, augmentation=CROPS, pipeline="auto", **options):
-    return choose_pipeline(pipeline, dataset, SMALL, augmentation, make_mesh(B), **options)
+    mesh = make_mesh(B)
+    budget = options.pop("budget", memory_budget(mesh))
+    return choose_pipeline(pipeline, dataset, SMALL, augmentation, mesh, budget, **options)
 
 
 def resident_batches(num_batches, dataset, augmentation=CROPS, **options):
@@ -130,12 +132,6 @@ def test_without_crops_only_the_views_are_stored():
 # What does not fit
 
 
-@pytest.fixture
-def budget(monkeypatch):
-    """Sets how many bytes may be resident."""
-    return lambda number: monkeypatch.setattr(jaxcls.resident, "memory_budget", lambda mesh: number)
-
-
 def test_the_share_of_memory_is_divided_among_cpu_devices():
     lines = Path("/proc/meminfo").read_text().splitlines()
     (total,) = (1024 * int(line.split()[1]) for line in lines if line.startswith("MemTotal:"))
@@ -143,15 +139,13 @@ def test_the_share_of_memory_is_divided_among_cpu_devices():
 
 
 @pytest.mark.parametrize("num_photos", [5, 100])
-def test_photos_that_do_not_fit_are_streamed_and_it_is_said_why(budget, num_photos):
+def test_photos_that_do_not_fit_are_streamed_and_it_is_said_why(num_photos):
     dataset = make_photos(num_photos, sides=(20, 21))
     num_bytes = num_photos * 20 * 20 * 3
-    budget(num_bytes)
-    choice = choose(dataset)
+    choice = choose(dataset, budget=num_bytes)
     assert choice.photos.pixels.nbytes == num_bytes
     assert choice.reason.startswith("Resident: decoded once, ")
-    budget(num_bytes - 1)
-    choice = choose(dataset)
+    choice = choose(dataset, budget=num_bytes - 1)
     assert choice.photos is None
     assert choice.reason.startswith(
         f"Streaming: {num_photos} photos padded to 20 x 20 pixels, among them photo 0"
@@ -159,14 +153,13 @@ def test_photos_that_do_not_fit_are_streamed_and_it_is_said_why(budget, num_phot
     with pytest.raises(
         UsageError, match=r"cannot be resident: .* take .* on each device; .* is allowed, 25%"
     ):
-        choose(dataset, pipeline="resident")
+        choose(dataset, pipeline="resident", budget=num_bytes - 1)
 
 
-def test_a_photo_that_pads_all_others_too_much_is_named(budget):
+def test_a_photo_that_pads_all_others_too_much_is_named():
     dataset = make_photos(40, sides=(20, 21))
     items = [*dataset.source.items[:25], np.zeros((20, 2000, 3), np.uint8), *dataset.source.items[26:]]
-    budget(40 * 20 * 100 * 3)
-    choice = choose(replace(dataset, source=MemorySource(items)))
+    choice = choose(replace(dataset, source=MemorySource(items)), budget=40 * 20 * 100 * 3)
     assert choice.photos is None
     assert (
         "40 photos padded to 20 x 2000 pixels, among them photo 25 of 20 x 2000, take 4.6 MiB"
@@ -195,13 +188,12 @@ class CountingSource(MemorySource):
         return super().__getitem__(index)
 
 
-def test_a_large_dataset_is_not_decoded_in_vain(budget, monkeypatch):
+def test_a_large_dataset_is_not_decoded_in_vain(monkeypatch):
     """Apart from the search for bad photos, as many are read as are sampled."""
     dataset = make_photos(300, sides=(20, 21))
     dataset = replace(dataset, source=CountingSource(dataset.source.items))
     monkeypatch.setattr(jaxcls.resident, "scan", lambda dataset, **options: dataset)
-    budget(1000)
-    assert choose(dataset).photos is None
+    assert choose(dataset, budget=1000).photos is None
     assert CountingSource.num_read <= jaxcls.resident.NUM_SAMPLES
 
 

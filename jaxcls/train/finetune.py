@@ -15,7 +15,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 
 from jaxcls.classifier import Classifier, Head, as_backbone
 from jaxcls.data.dataset import UNLABELLED, Dataset, scan
@@ -29,6 +28,7 @@ from jaxcls.parallel import (
     gather,
     is_first_process,
     make_mesh,
+    memory_limit,
     replicated,
     steps_sharding,
     together,
@@ -53,15 +53,14 @@ from jaxcls.train.folder import (
     open_reporters,
     write_config,
 )
+from jaxcls.train.memory import describe_parts, describe_shortage, is_exhausted, needed_bytes
 from jaxcls.train.optimizer import make_optimizer, make_schedule
 from jaxcls.train.reporters import ConsoleReporter, Reporter, Reporters
 from jaxcls.train.signals import TERMINATED, no_interrupts, watch_termination
 from jaxcls.train.state import Totals, TrainState, init_state, to_devices, to_host
 from jaxcls.train.step import (
     STEPS_PER_DISPATCH,
-    EvalStep,
     Sums,
-    TrainStep,
     block_sizes,
     make_eval_step,
     make_train_loop,
@@ -160,18 +159,17 @@ class _Run:
         dataset.class_weights(config.class_weight)
         self.mesh = make_mesh(config.batch_size, across_processes=True)
         self.share = Share(jax.process_index(), jax.process_count())
-        self.budget = min(gather(memory_budget(self.mesh)))
+        self.limit, self.budget = (
+            min(gather(measure(self.mesh))) for measure in (memory_limit, memory_budget)
+        )
         # Never several steps in a loop on CPU: XLA's gradient of a convolution is many times slower there.
         is_looped = jax.default_backend() != "cpu" and config.pipeline != "streaming"
         self.block_capacity = min(config.log_every, STEPS_PER_DISPATCH) if is_looped else 1
         self.dataset = dataset
-        self.state: TrainState
+        self.num_parts = 1
         self._prepare()
         together(lambda: self._read_photos(dataset, eval_dataset))
         self.eval_batches: list[Batch] = []
-        self.first_step = self.step = 0
-        self.total = Totals()
-        self.history: list[dict[str, Any]] = []
         self.notes: list[str] = []
         self.kept: Snapshot | None = None
         self.terminated = threading.Event()
@@ -229,13 +227,18 @@ class _Run:
         if snapshot is None:
             self.notes.append("Nothing to resume: starting from the beginning")
             return
-        self.state = to_devices(snapshot.state, replicated(self.mesh))
-        self.first_step = self.step = snapshot.step
-        self.total, self.history = snapshot.totals, list(snapshot.history)
+        self._go_to(snapshot)
+        self.first_step = self.step
         if self.step == len(self.history) * self.steps_per_epoch:
             self.kept = snapshot
         total = self.config.num_epochs * self.steps_per_epoch
         self.notes.append(f"Resuming after step {self.step} of {total}")
+
+    def _go_to(self, snapshot: Snapshot) -> None:
+        self.saved = snapshot
+        self.state: TrainState = to_devices(snapshot.state, replicated(self.mesh))
+        self.step = snapshot.step
+        self.total, self.history = snapshot.totals, list(snapshot.history)
 
     def _restored(self) -> Snapshot | None:
         if self.checkpoints is None:
@@ -271,18 +274,55 @@ class _Run:
             if self.is_resumable:
                 self.terminated = stack.enter_context(watch_termination())
             reporter.message(self._describe())
-            self.compiling.result()
-            with closing(self._stream()) as stream:
-                for epoch in range(len(self.history) + 1, self.config.num_epochs + 1):
-                    self._train_epoch(epoch, stream, reporter)
+            self._make_it_fit(reporter)
+            while len(self.history) < self.config.num_epochs:
+                try:
+                    with closing(self._stream()) as stream:
+                        for epoch in range(len(self.history) + 1, self.config.num_epochs + 1):
+                            self._train_epoch(epoch, stream, reporter)
+                except jax.errors.JaxRuntimeError as error:
+                    if not is_exhausted(error):
+                        raise
+                    self._recover(error, reporter)
         return FinetuneResult(self._classifier(), self.history, self.run_dir)
 
     def _prepare(self) -> None:
         """Make the state and the programs; the training step compiles from now on, while photos decode."""
         self.steps_per_epoch = steps_per_epoch(len(self.dataset), self.config.batch_size)
         self.schedule = make_schedule(self.config, self.steps_per_epoch)
-        self.state, self.train_step, self.eval_step = self._programs(self.mesh)
+        self.optimizer = make_optimizer(self.config, self.schedule)
+        state = init_state(
+            self.backbone,
+            len(self.dataset.classes),
+            self.optimizer,
+            seed=self.config.seed,
+            use_ema=self.config.ema_decay is not None,
+        )
+        self._go_to(Snapshot(to_host(state), Totals(), ()))
+        self.first_step = 0
+        self._make_programs()
+
+    def _make_programs(self) -> None:
+        config, preprocess = self.config, self.backbone.preprocess
+        apply = make_apply(
+            self.backbone.architecture,
+            dtype=compute_dtype(config.precision),
+            batch_norm=config.batch_norm,
+            num_frozen_stages=config.num_frozen_stages,
+        )
+        self.train_step = make_train_step(
+            apply,
+            preprocess,
+            self.optimizer,
+            self.mesh,
+            dropout=config.dropout,
+            label_smoothing=config.label_smoothing,
+            weights=self.dataset.class_weights(config.class_weight),
+            ema_decay=config.ema_decay,
+            num_parts=self.num_parts,
+        )
         self.train_loop = make_train_loop(self.train_step, self.mesh)
+        self.eval_step = make_eval_step(apply, preprocess, self.mesh)
         pool = ThreadPoolExecutor(1)
         # Traced here: JAX's settings may hold for this thread alone, and are part of what it keeps.
         self.compiling = pool.submit(self._lowered().compile)
@@ -300,35 +340,33 @@ class _Run:
             return self.train_loop.lower(self.state, images, labels, 1)
         return self.train_step.lower(self.state, images, labels)
 
-    def _programs(self, mesh: Mesh) -> tuple[TrainState, TrainStep, EvalStep]:
-        config = self.config
-        optimizer = make_optimizer(config, self.schedule)
-        state = init_state(
-            self.backbone,
-            len(self.dataset.classes),
-            optimizer,
-            seed=config.seed,
-            use_ema=config.ema_decay is not None,
-        )
-        apply = make_apply(
-            self.backbone.architecture,
-            dtype=compute_dtype(config.precision),
-            batch_norm=config.batch_norm,
-            num_frozen_stages=config.num_frozen_stages,
-        )
-        preprocess = self.backbone.preprocess
-        train_step = make_train_step(
-            apply,
-            preprocess,
-            optimizer,
-            mesh,
-            dropout=config.dropout,
-            label_smoothing=config.label_smoothing,
-            weights=self.dataset.class_weights(config.class_weight),
-            ema_decay=config.ema_decay,
-        )
-        state = to_devices(to_host(state), replicated(mesh))
-        return state, train_step, make_eval_step(apply, preprocess, mesh)
+    def _make_it_fit(self, reporter: Reporter) -> None:
+        """Divide the batch until a step, as XLA foresees it, takes no more memory than there is."""
+        resident = 0 if self.photos is None else self.photos.pixels.nbytes
+        while (needed := needed_bytes(self.compiling.result()) + resident) > self.limit:
+            self._divide(describe_shortage(needed, self.limit), reporter)
+
+    def _divide(self, reason: str, reporter: Reporter) -> None:
+        """Go on from the last state on the host, with the batch in twice as many parts."""
+        config, num_parts = self.config, 2 * self.num_parts
+        if config.batch_size // self.mesh.size % num_parts:
+            raise TrainingError(
+                f"{reason}, and {config.batch_size} images on {self.mesh.size} devices cannot be divided "
+                f"into {num_parts} parts: train smaller images, a smaller network or smaller batches"
+            )
+        self.num_parts = num_parts
+        self._go_to(self.saved)
+        self._make_programs()
+        parts = describe_parts(num_parts, config.batch_size, is_normalised=config.batch_norm == "train")
+        reporter.message(f"{reason}: after step {self.step}, batches are done in {parts}")
+
+    def _recover(self, error: jax.errors.JaxRuntimeError, reporter: Reporter) -> None:
+        # The failed step's state is gone with its donation.
+        reason = f"A step ran out of memory ({str(error).splitlines()[0][:200]})"
+        if jax.process_count() > 1:
+            raise TrainingError(f"{reason}: train smaller batches") from error
+        self._divide(reason, reporter)
+        self._make_it_fit(reporter)
 
     def _stream(self) -> Generator[Batch, None, None]:
         config = self.config
@@ -382,7 +420,7 @@ class _Run:
         }
         self.history.append(row)
         self.total = Totals()
-        self.kept = self._snapshot()
+        self.kept = self.saved = self._snapshot()
         reporter.epoch(row)
         if self.checkpoints is not None and self.checkpoints.has_room_for(self.kept):
             self.checkpoints.save(self.kept)
@@ -416,8 +454,9 @@ class _Run:
 
     def _checkpoint(self, is_ending: bool) -> None:
         """Save between two steps; leave if the processes are to end."""
+        self.saved = self._snapshot()
         if self.checkpoints is not None:
-            self.checkpoints.save(self._snapshot())
+            self.checkpoints.save(self.saved)
         if is_ending:
             raise SystemExit(TERMINATED)
 

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax import lax
 from jax.sharding import Mesh
 
 from jaxcls.classifier import apply_head
@@ -51,6 +52,7 @@ def make_train_step(
     label_smoothing: float,
     weights: Any | None,
     ema_decay: float | None,
+    num_parts: int = 1,
 ) -> TrainStep:
     """Compile `step(state, images uint8 [B, H, W, 3], labels int32 [B]) -> (state, sums)`.
 
@@ -66,28 +68,47 @@ def make_train_step(
         label_smoothing: the share of the target spread evenly over the classes.
         weights: float32 [K] of the loss by true class, or None; the loss is then a weighted mean.
         ema_decay: of the averaged parameters, or None.
+        num_parts: do the batch in so many parts, one after another, and add up their gradients: it takes
+            less memory. Batch norm then sees one part at a time. Divides the rows of each device evenly.
     """
 
     def loss_of(
-        params: Any, state: TrainState, images: jax.Array, labels: jax.Array
+        params: Any,
+        batch_stats: Any,
+        key: jax.Array,
+        images: jax.Array,
+        labels: jax.Array,
+        shares: jax.Array,
     ) -> tuple[jax.Array, Any]:
-        variables = {"params": params["backbone"], "batch_stats": state.batch_stats}
+        variables = {"params": params["backbone"], "batch_stats": batch_stats}
         features, batch_stats = apply(variables, preprocess.normalize(images), train=True)
-        key = jax.random.fold_in(state.key, state.step)
         logits = apply_head(params["head"], drop(key, features, dropout))
-        losses = cross_entropy(logits, labels, label_smoothing)
-        loss = jnp.mean(losses) if weights is None else _weighted_mean(losses, jnp.asarray(weights)[labels])
-        return loss, (batch_stats, logits)
+        loss = jnp.sum(cross_entropy(logits, labels, label_smoothing) * shares)
+        return loss, (batch_stats, jnp.sum(logits.argmax(-1) == labels))
 
     def step(state: TrainState, images: jax.Array, labels: jax.Array) -> tuple[TrainState, Sums]:
         gradient = jax.value_and_grad(loss_of, has_aux=True)
-        (loss, (batch_stats, logits)), gradients = gradient(state.params, state, images, labels)
+        key = jax.random.fold_in(state.key, state.step)
+        batch = images, labels, _shares_in_loss(labels, weights)
+        batch_stats = state.batch_stats
+        total: Any = None
+        # Not a loop: inside one, XLA's gradient of a convolution is many times slower on CPU.
+        for part in range(num_parts):
+            images_of_part, *rest = _part(batch, part, num_parts)
+            rows = _after(total, images_of_part), *rest
+            part_key = key if num_parts == 1 else jax.random.fold_in(key, part)
+            (loss, (batch_stats, num_correct)), gradients = gradient(
+                state.params, batch_stats, part_key, *rows
+            )
+            one = (loss, num_correct, gradients)
+            total = one if total is None else jax.tree.map(jnp.add, total, one)
+        loss, num_correct, gradients = total
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         ema_params = state.ema_params
         if ema_decay is not None:
             ema_params = optax.incremental_update(params, ema_params, 1 - ema_decay)
-        sums = Sums(loss * len(labels), jnp.sum(logits.argmax(-1) == labels), jnp.full((), len(labels)))
+        sums = Sums(loss * len(labels), num_correct, jnp.full((), len(labels)))
         return replace(
             state,
             step=state.step + 1,
@@ -127,7 +148,7 @@ def make_train_loop(step: TrainStep, mesh: Mesh) -> TrainLoop:
 
         kinds = jax.eval_shape(one_step, state, images[0], labels[0])[1]
         sums = jax.tree.map(lambda kind: jnp.zeros(len(images), kind.dtype), kinds)
-        return jax.lax.fori_loop(0, num_steps, body, (state, sums))
+        return lax.fori_loop(0, num_steps, body, (state, sums))
 
     whole, sharded = replicated(mesh), steps_sharding(mesh)
     return jax.jit(
@@ -181,5 +202,25 @@ def drop(key: jax.Array, features: jax.Array, rate: float) -> jax.Array:
     return jnp.where(kept, features / (1 - rate), 0.0)
 
 
-def _weighted_mean(values: jax.Array, weights: jax.Array) -> jax.Array:
-    return jnp.sum(values * weights) / jnp.maximum(jnp.sum(weights), 1e-12)
+def _shares_in_loss(labels: jax.Array, weights: Any | None) -> jax.Array:
+    """[B]: what the loss of each image counts in the batch's, which is a (weighted) mean."""
+    if weights is None:
+        return jnp.full(len(labels), 1 / len(labels))
+    by_image = jnp.asarray(weights)[labels]
+    return by_image / jnp.maximum(jnp.sum(by_image), 1e-12)
+
+
+def _part(batch: Any, part: int, num_parts: int) -> Any:
+    """Every `num_parts`-th row, so that no row leaves its device."""
+    if num_parts == 1:
+        return batch
+    return jax.tree.map(lambda rows: rows.reshape(-1, num_parts, *rows.shape[1:])[:, part], batch)
+
+
+def _after(values: Any, images: jax.Array) -> jax.Array:
+    """The same images, to be used after all `values` are computed: their memory is then free again."""
+    if values is None:
+        return images
+    # XLA's CPU compiler drops optimization barriers and would have all parts in memory at once.
+    some = sum(leaf.reshape(-1)[0] for leaf in jax.tree.leaves(values))
+    return images + (some != some).astype(images.dtype)

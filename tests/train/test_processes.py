@@ -166,7 +166,7 @@ def test_two_processes_train_as_one_with_two_devices(pipeline, world, command, t
 
 @SLOW
 def test_devices_and_processes_train_alike(tmp_path):
-    """Rounding grows with each step of float32: only the first ones are compared."""
+    """Rounding grows with each step of float32: only the first few losses are compared."""
     files = {}
     for num_devices in (1, 2, 4, 8):
         files[num_devices] = tmp_path / f"{num_devices}.npz"
@@ -179,16 +179,22 @@ def test_devices_and_processes_train_alike(tmp_path):
     assert codes == [0, 0], texts
     found = {name: np.load(file) for name, file in files.items()}
     one = found.pop(1)
-    assert np.ptp(one["float32_losses"]) > 0.01
-    assert np.ptp(one["float64_losses"]) > 0.1
+    assert len(found) == 4
     for name, other in found.items():
-        np.testing.assert_allclose(other["float32_losses"], one["float32_losses"], rtol=1e-5, err_msg=name)
-        np.testing.assert_allclose(other["float64_losses"], one["float64_losses"], rtol=1e-6, err_msg=name)
-        for dtype in ("float32", "float64"):
-            np.testing.assert_array_equal(other[f"{dtype}_counts"], one[f"{dtype}_counts"], name)
-        gradients = one["float32_gradients"]
-        difference = np.linalg.norm(other["float32_gradients"] - gradients)
-        assert difference <= 1e-4 * np.linalg.norm(gradients), name
+        for key, expected in one.items():
+            if key.endswith("counts"):
+                np.testing.assert_array_equal(other[key], expected, name)
+        for key, tolerance in (
+            ("losses in float32: losses", 1e-5),
+            ("all in float64: losses", 1e-6),
+        ):
+            np.testing.assert_allclose(other[key], one[key], rtol=tolerance, err_msg=f"{name} {key}")
+        for key, tolerance in (
+            ("gradients in float32: gradients", 1e-4),
+            ("all in float64: gradients", 1e-10),
+        ):
+            difference = np.linalg.norm(other[key] - one[key])
+            assert difference <= tolerance * np.linalg.norm(one[key]), f"{name} {key}"
 
 
 @pytest.mark.parametrize("describe", [by_slurm, by_open_mpi])

@@ -1,0 +1,38 @@
+"""What a training step takes of a device's memory, foreseen by XLA or found out by failing."""
+
+import jax
+
+from jaxcls.progress import format_bytes
+
+
+def needed_bytes(compiled: jax.stages.Compiled) -> int:
+    """What running a program takes on each device: its arguments, its results and what lies between."""
+    analysis = compiled.memory_analysis()
+    if analysis is None:
+        return 0
+    return (
+        analysis.argument_size_in_bytes
+        + analysis.output_size_in_bytes
+        - analysis.alias_size_in_bytes
+        + analysis.temp_size_in_bytes
+    )
+
+
+def is_exhausted(error: jax.errors.JaxRuntimeError) -> bool:
+    """Whether a program failed for lack of memory."""
+    return "RESOURCE_EXHAUSTED" in str(error)
+
+
+def describe_parts(num_parts: int, batch_size: int, *, is_normalised: bool) -> str:
+    """What dividing the batch changes, for the user."""
+    effect = (
+        "batch norm sees the images of one part at a time, so that results differ from those of whole batches"
+        if is_normalised
+        else "the results differ in their last digits alone"
+    )
+    return f"{num_parts} parts of {batch_size // num_parts} images, their gradients added up; {effect}"
+
+
+def describe_shortage(needed: int, limit: int) -> str:
+    """That a step will not fit."""
+    return f"A step would take {format_bytes(needed)} of the {format_bytes(limit)} of each device"

@@ -8,7 +8,10 @@ step, with any number of workers, sees what an undisturbed one would have seen.
 JAX is imported only where arrays meet devices: Grain's workers import this module.
 """
 
+import multiprocessing
 import os
+import signal
+import threading
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
@@ -227,5 +230,20 @@ def _iterate(batches: "grain.MapDataset", num_workers: int) -> Batches:
         if not flags.FLAGS.is_parsed():
             flags.FLAGS.mark_as_parsed()
         # Batches are made before this line: split over workers first, they would depend on the number.
-        stream = stream.mp_prefetch(grain.MultiprocessingOptions(num_workers=num_workers))
+        options = grain.MultiprocessingOptions(num_workers=num_workers)
+        stream = stream.mp_prefetch(options, worker_init_fn=_follow_parent)
     return iter(stream)
+
+
+def _follow_parent(*_: int) -> None:
+    """Signals to the whole group are for the process that uses the batches; a worker ends with it."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def end_with_parent() -> None:
+        parent.join()
+        os._exit(0)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()

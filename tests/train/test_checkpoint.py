@@ -231,6 +231,26 @@ def test_killed_ten_times_at_random(world, long_undisturbed, compilation_cache, 
     assert_as_undisturbed(run_dir, long_undisturbed, LONG.num_epochs)
 
 
+@pytest.mark.slow
+def test_signals_to_the_whole_group_of_workers(world, compilation_cache, tmp_path):
+    """SIGTERM leaves them at work until the step is saved; they do not outlive the one they work for."""
+    config = replace(LONG, num_workers=2, pipeline="streaming", num_epochs=100, checkpoint_seconds=1e9)
+    process = start_process(world, compilation_cache, tmp_path / "run", config)
+    wait_for_steps(process, 2)
+    os.killpg(process.pid, signal.SIGTERM)
+    text = process.stdout.read()
+    process.stdout.close()
+    assert process.wait() == 143, text
+    assert f"The run can be resumed after step {int(newest(tmp_path / 'run').name)}" in text
+
+    process = start_process(world, compilation_cache, tmp_path / "run", config)
+    wait_for_steps(process, 2)
+    process.kill()
+    process.wait()
+    process.stdout.read()  # until the last one that could write to it is gone
+    process.stdout.close()
+
+
 def test_a_finished_run_returns_its_result_at_once(world, undisturbed, tmp_path):
     run_dir, recorder = tmp_path / "run", Recorder()
     shutil.copytree(undisturbed.run_dir, run_dir)

@@ -72,7 +72,9 @@ def _convolution(x: jax.Array, kernel: jax.Array, stride: int, padding: int) -> 
 
 
 def _product(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
-    return lax.dot_general(x[:, ::stride, ::stride], kernel[0, 0], (((3,), (0,)), ((), ())))
+    x = x[:, ::stride, ::stride]
+    # As matrices, or XLA transposes the gradient for the kernel's in memory: 645 ms of ResNet-50's step.
+    return (x.reshape(-1, x.shape[-1]) @ kernel[0, 0]).reshape(*x.shape[:-1], kernel.shape[-1])
 
 
 def _by_platform(on_cpu: Callable[..., jax.Array], elsewhere: Callable[..., jax.Array]) -> Callable[..., Any]:

@@ -45,7 +45,7 @@ def convolve(x: jax.Array, kernel: jax.Array, *, stride: int = 1, padding: int =
     """
     convolution = partial(_convolution, stride=stride, padding=padding)
     if kernel.shape[:2] == (1, 1) and padding == 0:
-        return _by_platform(partial(_product, stride=stride), convolution)(x, kernel)
+        return by_platform(partial(_product, stride=stride), convolution)(x, kernel)
     return convolution(x, kernel)
 
 
@@ -55,7 +55,27 @@ def max_pool(x: jax.Array) -> jax.Array:
     Returns:
         [B, (H + 1) // 2, (W + 1) // 2, C]. Of equal largest values the first has the gradient.
     """
-    return _by_platform(_max_pool_with_own_gradient, _window_maximum)(x)
+    return by_platform(_max_pool_with_own_gradient, _window_maximum)(x)
+
+
+def by_platform(on_cpu: Callable[..., Any], elsewhere: Callable[..., Any]) -> Callable[..., Any]:
+    """One function of two lowerings, whose gradient is lowered likewise."""
+
+    # Differentiating `platform_dependent` itself would keep the residuals of both.
+    @jax.custom_vjp
+    def function(*operands: jax.Array) -> Any:
+        return lax.platform_dependent(*operands, cpu=on_cpu, default=elsewhere)
+
+    def forward(*operands: jax.Array) -> tuple[jax.Array, Any]:
+        return function(*operands), operands
+
+    def backward(operands: Any, gradient: Any) -> Any:
+        return lax.platform_dependent(
+            gradient, *operands, cpu=_pullback(on_cpu), default=_pullback(elsewhere)
+        )
+
+    function.defvjp(forward, backward)
+    return function
 
 
 def _convolution(x: jax.Array, kernel: jax.Array, stride: int, padding: int) -> jax.Array:
@@ -75,26 +95,6 @@ def _product(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
     x = x[:, ::stride, ::stride]
     # As matrices, or XLA transposes the gradient for the kernel's in memory: 645 ms of ResNet-50's step.
     return (x.reshape(-1, x.shape[-1]) @ kernel[0, 0]).reshape(*x.shape[:-1], kernel.shape[-1])
-
-
-def _by_platform(on_cpu: Callable[..., jax.Array], elsewhere: Callable[..., jax.Array]) -> Callable[..., Any]:
-    """One function of two lowerings, whose gradient is lowered likewise."""
-
-    # Differentiating `platform_dependent` itself would keep the residuals of both.
-    @jax.custom_vjp
-    def function(*operands: jax.Array) -> jax.Array:
-        return lax.platform_dependent(*operands, cpu=on_cpu, default=elsewhere)
-
-    def forward(*operands: jax.Array) -> tuple[jax.Array, Any]:
-        return function(*operands), operands
-
-    def backward(operands: Any, gradient: jax.Array) -> Any:
-        return lax.platform_dependent(
-            gradient, *operands, cpu=_pullback(on_cpu), default=_pullback(elsewhere)
-        )
-
-    function.defvjp(forward, backward)
-    return function
 
 
 def _pullback(function: Callable[..., jax.Array]) -> Callable[..., Any]:

@@ -18,7 +18,6 @@ from jax.typing import DTypeLike
 
 from jaxcls.errors import UsageError
 from jaxcls.models.architecture import (
-    BATCH_NORM_EPSILON,
     BOTTLENECK_EXPANSION,
     NUM_STAGES,
     STEM_FEATURES,
@@ -27,8 +26,10 @@ from jaxcls.models.architecture import (
     find_architecture,
 )
 from jaxcls.models.convolution import convolve, max_pool
+from jaxcls.models.normalization import normalize, normalize_by
 
 Module = Callable[..., Any]
+BATCH_NORM_MOMENTUM = 0.9
 
 
 class Convolution(nn.Module):
@@ -47,6 +48,31 @@ class Convolution(nn.Module):
         return convolve(
             x.astype(self.dtype), kernel.astype(self.dtype), stride=self.stride, padding=self.padding
         )
+
+
+class BatchNorm(nn.Module):
+    """Batch norm over [B, H, W, C], its parameters and statistics float32 [C].
+
+    Attributes:
+        stored: use the stored statistics; else those of the batch, which move the stored ones.
+    """
+
+    stored: bool
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        shape = x.shape[-1:]
+        scale = self.param("scale", nn.initializers.ones, shape)
+        bias = self.param("bias", nn.initializers.zeros, shape)
+        mean = self.variable("batch_stats", "mean", jnp.zeros, shape)
+        variance = self.variable("batch_stats", "var", jnp.ones, shape)
+        if self.stored:
+            return normalize_by(x, scale, bias, mean.value, variance.value)
+        y, moments = normalize(x, scale, bias)
+        if not self.is_initializing():
+            for statistic, moment in zip((mean, variance), moments, strict=True):
+                statistic.value = BATCH_NORM_MOMENTUM * statistic.value + (1 - BATCH_NORM_MOMENTUM) * moment
+        return y
 
 
 class BasicBlock(nn.Module):
@@ -136,13 +162,7 @@ class ResNet(nn.Module):
 
         def norm_of(stage: int) -> Module:
             stored = not train or self.batch_norm == "frozen" or stage <= self.num_frozen_stages
-            return partial(
-                nn.BatchNorm,
-                use_running_average=stored,
-                momentum=0.9,
-                epsilon=BATCH_NORM_EPSILON,
-                dtype=self.dtype,
-            )
+            return partial(BatchNorm, stored)
 
         x = Stem(conv, norm_of(1), name="stem")(pixels)
         for stage, num_blocks in enumerate(self.architecture.stage_sizes, start=1):

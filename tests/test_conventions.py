@@ -23,8 +23,8 @@ preprocess
 augment.host augment.views augment.ops
 pipeline resident
 evaluation.metrics evaluation.plots
-models.precision models.convolution models.architecture models.resnet models.port models.pretrained
-models.hub models.fold
+models.precision models.architecture models.convolution models.normalization models.resnet
+models.port models.pretrained models.hub models.fold
 manifest program
 classifier
 scoring

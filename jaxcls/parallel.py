@@ -8,6 +8,7 @@ import atexit
 import json
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -46,11 +47,11 @@ def processes() -> Iterator[None]:
     _join()
     try:
         yield
-    except SystemExit:  # on SIGTERM: all leave together
-        raise
     except BaseException as error:
-        # Before JAX's own: that one waits for all the others.
-        atexit.register(_leave)
+        code = _exit_code(error)
+        if code != 128 + signal.SIGTERM:  # then all leave together
+            # Before JAX's own: that one waits for all the others.
+            atexit.register(_leave, code)
         if re.search("Gloo|NCCL|coordination service", str(error)):
             raise TrainingError(
                 "another process has ended or cannot be reached: look at what it says, then start all of "
@@ -76,12 +77,33 @@ def _join() -> None:
         ) from error
     if jax.process_count() == 1:
         raise UsageError("this process is alone: start several, or train without --distributed")
+    if len({len(group) for group in _devices_by_process()}) > 1:
+        raise UsageError("the processes have different numbers of devices: give each as many")
+    # Connected while all are in step: later ones wait for each other for half a minute only.
+    gather(None)
 
 
-def _leave() -> None:
+def _exit_code(error: BaseException) -> int:
+    """As the command line exits after the same error."""
+    match error:
+        case SystemExit(code=int(code)):
+            return code
+        case KeyboardInterrupt():
+            return 130
+        case UsageError():
+            return 2
+        case _:
+            return 1
+
+
+def _leave(code: int) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(1)
+    os._exit(code)
+
+
+def _devices_by_process() -> list[list[jax.Device]]:
+    return [jax.local_devices(process_index=index) for index in range(jax.process_count())]
 
 
 def is_first_process() -> bool:
@@ -139,13 +161,11 @@ def make_mesh(batch_size: int, *, across_processes: bool = False) -> Mesh:
     Raises:
         UsageError: the processes do not divide the batch size evenly.
     """
-    groups = [jax.local_devices()]
-    if across_processes:
-        groups = [jax.local_devices(process_index=index) for index in range(jax.process_count())]
+    groups = _devices_by_process() if across_processes else [jax.local_devices()]
     share, rest = divmod(batch_size, len(groups))
     if rest:
         raise UsageError(f"a batch of {batch_size} cannot be divided evenly over {len(groups)} processes")
-    num_devices = max(n for n in range(1, min(map(len, groups)) + 1) if share % n == 0)
+    num_devices = max(n for n in range(1, len(groups[0]) + 1) if share % n == 0)
     return Mesh(np.asarray([device for group in groups for device in group[:num_devices]]), (DATA_AXIS,))
 
 

@@ -47,11 +47,13 @@ class Snapshot:
         state: of NumPy arrays, see `to_host`.
         totals: of the unfinished epoch's steps.
         history: a row for each finished epoch.
+        num_parts: that batches are done in, see `make_train_step`.
     """
 
     state: TrainState
     totals: Totals
     history: tuple[dict[str, Any], ...]
+    num_parts: int = 1
 
     @property
     def step(self) -> int:
@@ -172,7 +174,8 @@ class Checkpoints:
             )
         with _orbax() as orbax:
             state = TrainState(**orbax.restore(path / ARRAYS, vars(to_host(like))))
-        snapshot = Snapshot(state, Totals(**progress["totals"]), tuple(progress["history"]))
+        totals, history = Totals(**progress["totals"]), tuple(progress["history"])
+        snapshot = Snapshot(state, totals, history, progress["num_parts"])
         return snapshot, progress["environment"]
 
     def _write(self, snapshot: Snapshot) -> None:
@@ -191,6 +194,7 @@ class Checkpoints:
                 "environment": self._environment,
                 "totals": asdict(snapshot.totals),
                 "history": snapshot.history,
+                "num_parts": snapshot.num_parts,
             }
             (partial / PROGRESS).write_text(json.dumps(progress, indent=1), encoding="utf-8")
             _flush(*partial.rglob("*"))

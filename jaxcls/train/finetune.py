@@ -67,7 +67,6 @@ from jaxcls.train.step import (
     make_train_step,
 )
 
-# Everything else in a configuration decides what the parameters become.
 WITHOUT_EFFECT = {"num_workers", "log_every", "max_bad_fraction", "num_checkpoints", "checkpoint_seconds"}
 
 
@@ -133,10 +132,12 @@ def finetune(
     """
     if resume and run_dir is None:
         raise UsageError("resume=True needs the run_dir of the run to go on with")
+    config = config or FinetuneConfig()
     folder = None if run_dir is None else Path(run_dir)
+    _require_same_everywhere("settings", [_decisive(config), config.log_every, resume, folder is None])
     if folder is not None:
         together(lambda: open_folder(folder, resume=resume) if is_first_process() else None)
-    run = _Run(dataset, as_backbone(backbone), config or FinetuneConfig(), eval_dataset, folder)
+    run = _Run(dataset, as_backbone(backbone), config, eval_dataset, folder)
     if resume:
         run.restore()
     return run.train(reporters)
@@ -176,7 +177,7 @@ class _Run:
         self.is_resumable = run_dir is not None
         self.run_dir = run_dir if is_first_process() else None
         self.checkpoints = None
-        self._require_same_everywhere()
+        _require_same_everywhere("photos or weights", self._identity())
         if self.run_dir is not None:
             folder = self.run_dir / CHECKPOINTS_FOLDER
             self.checkpoints = Checkpoints(
@@ -210,23 +211,15 @@ class _Run:
                     f"evaluation dataset {eval_dataset.name} needs images, all of them labelled"
                 )
 
-    def _require_same_everywhere(self) -> None:
-        if jax.process_count() == 1:
-            return
-        identities = gather(hashlib.sha256(json.dumps(self._identity()).encode()).hexdigest())
-        for index, identity in enumerate(identities):
-            if identity != identities[0]:
-                raise UsageError(
-                    f"process {index} was given other photos, weights or settings than the first: start all "
-                    "processes with the same command, and let all see the same files"
-                )
-
     def restore(self) -> None:
         """Go back to the newest good checkpoint, if there is one."""
         snapshot = self._from_first_process(together(self._restored))
         if snapshot is None:
             self.notes.append("Nothing to resume: starting from the beginning")
             return
+        if snapshot.num_parts > self.num_parts:  # it was found not to fit otherwise
+            self.num_parts = snapshot.num_parts
+            self._make_programs()
         self._go_to(snapshot)
         self.first_step = self.step
         if self.step == len(self.history) * self.steps_per_epoch:
@@ -247,12 +240,14 @@ class _Run:
         return snapshot
 
     def _from_first_process(self, snapshot: Snapshot | None) -> Snapshot | None:
-        progress = gather(None if snapshot is None else [asdict(snapshot.totals), snapshot.history])[0]
+        progress = gather(
+            None if snapshot is None else [asdict(snapshot.totals), snapshot.history, snapshot.num_parts]
+        )[0]
         if progress is None:
             return None
-        totals, history = progress
+        totals, history, num_parts = progress
         state = from_first_process(to_host(self.state) if snapshot is None else snapshot.state)
-        return Snapshot(state, Totals(**totals), tuple(history))
+        return Snapshot(state, Totals(**totals), tuple(history), num_parts)
 
     def train(self, reporters: Sequence[Reporter] | None) -> FinetuneResult:
         if reporters is None:
@@ -343,7 +338,10 @@ class _Run:
     def _make_it_fit(self, reporter: Reporter) -> None:
         """Divide the batch until a step, as XLA foresees it, takes no more memory than there is."""
         resident = 0 if self.photos is None else self.photos.pixels.nbytes
-        while (needed := needed_bytes(self.compiling.result()) + resident) > self.limit:
+        if self._is_evaluation_kept():
+            resident += self._evaluation_bytes()
+        # The most that any process needs: all must do the same.
+        while (needed := max(gather(needed_bytes(self.compiling.result()))) + resident) > self.limit:
             self._divide(describe_shortage(needed, self.limit), reporter)
 
     def _divide(self, reason: str, reporter: Reporter) -> None:
@@ -438,7 +436,7 @@ class _Run:
         return num_steps, sums
 
     def _snapshot(self) -> Snapshot:
-        return Snapshot(to_host(self.state), self.total, tuple(self.history))
+        return Snapshot(to_host(self.state), self.total, tuple(self.history), self.num_parts)
 
     def _agree(self, is_logged: bool) -> tuple[bool, bool]:
         """Whether to end, as one of the processes was asked to, and whether a checkpoint is due."""
@@ -482,7 +480,8 @@ class _Run:
         self.total = sum(totals, start=self.total)
         recent = sum(totals, start=Totals())
         rate = self._rate(self.step)
-        reporter.steps(len(totals), {"loss": recent.mean_loss, "error": 1 - recent.accuracy, "rate": rate})
+        row = {"step": self.step, "loss": recent.mean_loss, "error": 1 - recent.accuracy, "rate": rate}
+        reporter.steps(len(totals), row)
 
     def _ids_of(self, step: int) -> list[str]:
         positions = step * self.config.batch_size + np.arange(self.config.batch_size)
@@ -492,16 +491,12 @@ class _Run:
     def _evaluate(self) -> dict[str, Any]:
         if self.eval_dataset is None:
             return {}
-        fetched = []
-        with closing(self._eval_stream()) as stream:
-            for number, batch in enumerate(stream, start=1):
-                _require_readable(batch)
-                params, batch_stats = self.state.best_params, self.state.batch_stats
-                fetched.append(self.eval_step(params, batch_stats, batch.images, batch.labels, batch.mask))
-                is_ending, _ = self._agree(number % self.config.log_every == 0)
-                if is_ending:
-                    self._checkpoint(is_ending)
-        total = sum((one for sums in jax.device_get(fetched) for one in _totals(sums)), start=Totals())
+        try:
+            total = self._evaluation_totals()
+        except jax.errors.JaxRuntimeError as error:
+            if not is_exhausted(error):
+                raise
+            raise TrainingError(f"the evaluation ran out of memory: use smaller batches ({error})") from error
         if not np.isfinite(total.loss):
             raise TrainingError(
                 f"the evaluation loss is {total.loss} after step {int(self.state.step)}: "
@@ -513,6 +508,18 @@ class _Run:
             "eval_num_correct": total.num_correct,
             "eval_num_seen": total.num_seen,
         }
+
+    def _evaluation_totals(self) -> Totals:
+        fetched = []
+        with closing(self._eval_stream()) as stream:
+            for number, batch in enumerate(stream, start=1):
+                _require_readable(batch)
+                params, batch_stats = self.state.best_params, self.state.batch_stats
+                fetched.append(self.eval_step(params, batch_stats, batch.images, batch.labels, batch.mask))
+                is_ending, _ = self._agree(number % self.config.log_every == 0)
+                if is_ending:
+                    self._checkpoint(is_ending)
+        return sum((one for sums in jax.device_get(fetched) for one in _totals(sums)), start=Totals())
 
     def _eval_stream(self) -> Generator[Batch, None, None]:
         """The evaluation set; kept on the devices after the first time if it fits, its views being fixed."""
@@ -528,13 +535,22 @@ class _Run:
             num_workers=config.num_workers,
             share=self.share,
         )
-        num_bytes = len(self.eval_dataset) * preprocess.size**2 * 3
-        is_kept = config.pipeline != "streaming" and num_bytes <= self.budget
+        kept: list[Batch] = []
         with closing(on_devices(batches, batch_sharding(self.mesh))) as stream:
             for batch in stream:
-                if is_kept:
-                    self.eval_batches.append(batch)
+                if self._is_evaluation_kept():
+                    kept.append(batch)
                 yield batch
+        self.eval_batches = kept
+
+    def _is_evaluation_kept(self) -> bool:
+        return self.config.pipeline != "streaming" and self._evaluation_bytes() <= self.budget
+
+    def _evaluation_bytes(self) -> int:
+        """Of the whole evaluation set, as it is kept on the devices, divided over them."""
+        if self.eval_dataset is None:
+            return 0
+        return len(self.eval_dataset) * self.backbone.preprocess.size**2 * 3 // self.mesh.size
 
     def _classifier(self) -> Classifier:
         assert self.kept is not None
@@ -590,9 +606,8 @@ class _Run:
             reporter.message(f"Stopped: {done} is not kept: {error}")
 
     def _identity(self) -> dict[str, Any]:
-        config = {name: value for name, value in asdict(self.config).items() if name not in WITHOUT_EFFECT}
         return {
-            **config,
+            **_decisive(self.config),
             "architecture": self.backbone.architecture,
             "weights": checksum(self.backbone.variables),
             "preprocess": self.backbone.preprocess.to_json(),
@@ -629,6 +644,23 @@ class _Run:
             )
         lines += [self.pipeline_note, *self.dataset.notes, *self.notes]
         return "\n".join(lines)
+
+
+def _decisive(config: FinetuneConfig) -> dict[str, Any]:
+    """What of a configuration decides what the parameters become."""
+    return {name: value for name, value in asdict(config).items() if name not in WITHOUT_EFFECT}
+
+
+def _require_same_everywhere(what: str, value: Any) -> None:
+    if jax.process_count() == 1:
+        return
+    digests = gather(hashlib.sha256(json.dumps(value).encode()).hexdigest())
+    for index, digest in enumerate(digests):
+        if digest != digests[0]:
+            raise UsageError(
+                f"process {index} was given other {what} than the first: start all processes with the same "
+                "command, and let all see the same files"
+            )
 
 
 def _require_readable(batch: Batch) -> None:

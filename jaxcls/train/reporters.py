@@ -26,7 +26,10 @@ class Reporter:
         """Something the user should know."""
 
     def steps(self, num_steps: int, row: Row) -> None:
-        """`num_steps` more are done; `row` has their mean `loss` and `error`, and the learning `rate`."""
+        """`num_steps` more are done, up to `row["step"]`; the row also has mean `loss`, `error`, and `rate`.
+
+        After a step that ran out of memory, `step` goes back to where training went on.
+        """
 
     def epoch(self, row: Row) -> None:
         """An epoch is done; `row` is its row of the history."""
@@ -93,7 +96,7 @@ class ConsoleReporter(Reporter):
         speed = num_steps * self._batch_size / (now - self._since)
         self._since = now
         state = f"loss {row['loss']:.4f}  error {row['error']:.2%}  {speed:.1f} images/s"
-        self._bar.update(self._task, advance=num_steps, state=state)
+        self._bar.update(self._task, completed=row["step"], state=state)
 
     def epoch(self, row: Row) -> None:
         self.message(epoch_line(row, self._num_epochs))
@@ -135,12 +138,11 @@ class TensorBoardReporter(Reporter):
 
     def __init__(self, run_dir: Path, step: int = 0) -> None:
         self._writer = tensorboardX.SummaryWriter(str(run_dir), purge_step=step + 1)
-        self._step = step
 
     def steps(self, num_steps: int, row: Row) -> None:
-        self._step += num_steps
         for name, value in row.items():
-            self._writer.add_scalar(f"step/{name}", value, self._step)
+            if name != "step":
+                self._writer.add_scalar(f"step/{name}", value, row["step"])
 
     def epoch(self, row: Row) -> None:
         for name, value in row.items():

@@ -86,7 +86,7 @@ def test_a_step_that_fails_for_memory_is_done_in_parts(photos, backbone, whole, 
     assert "RESOURCE_EXHAUSTED: Out of memory allocating 7 bytes" in message
     assert "after step 2, batches are done in 2 parts of 4 images" in message
     assert "last digits alone" in message
-    # Step 3 failed, and with it the loss of step 2 + 1 on the device was lost: from the epoch's start again.
+    # The fourth step failed; the third is done again, from the epoch's start.
     assert recorder.losses[:3] == whole[1].losses[:3]
     np.testing.assert_allclose(recorder.losses[3:], whole[1].losses[2:], rtol=1e-4)
     assert result.history[0]["train_loss"] == whole[0].history[0]["train_loss"]

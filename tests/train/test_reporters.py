@@ -25,7 +25,7 @@ CONSOLE_RUN = f"""
 from jaxcls.train.reporters import ConsoleReporter
 reporter = ConsoleReporter(num_epochs=2, steps_per_epoch=3, batch_size=4)
 reporter.message("[red] and [/] are a folder's name")
-reporter.steps(3, {{"loss": 0.5, "error": 0.25, "rate": 0.005}})
+reporter.steps(3, {{"step": 3, "loss": 0.5, "error": 0.25, "rate": 0.005}})
 reporter.epoch({EVALUATED})
 reporter.close()
 reporter.close()

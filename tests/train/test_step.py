@@ -127,6 +127,21 @@ def test_weighted_loss_is_torchs_weighted_mean():
     np.testing.assert_allclose(sums.loss / B, theirs.item(), rtol=1e-5)
 
 
+@pytest.mark.parametrize("num_parts", [2, 4])
+def test_parts_add_up_to_the_batch(num_parts):
+    """Weighted by the whole batch's classes, which are not those of each part; without batch norm."""
+    weights = np.asarray([1.0, 4.0, 0.25], np.float32)
+    whole, sums = make_step(weights=weights)(make_state(SGD), draw_images(), LABELS)
+    parts, sums_of_parts = make_step(weights=weights, num_parts=num_parts)(
+        make_state(SGD), draw_images(), LABELS
+    )
+    for one, other in zip(jax.tree.leaves(parts.params), jax.tree.leaves(whole.params), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(sums_of_parts.loss, sums.loss, rtol=1e-5)
+    assert sums_of_parts[1:] == sums[1:]
+    assert float(parts.batch_stats["calls"]) == num_parts
+
+
 def test_a_batch_whose_classes_weigh_nothing_moves_nothing():
     labels = np.zeros(B, np.int32)
     step = make_step(weights=np.asarray([0.0, 1.0, 1.0], np.float32))

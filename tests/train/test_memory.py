@@ -121,36 +121,45 @@ def test_what_cannot_be_divided_is_an_error(photos, backbone, monkeypatch):
 
 LIMITED = """
 import resource, sys
+import jaxcls.train.finetune
 from jaxcls.classifier import create_model
 from jaxcls.data.folder import read_folder
 from jaxcls.train.config import FinetuneConfig
-from jaxcls.train.finetune import finetune
+from jaxcls.train.memory import needed_bytes
 from jaxcls.train.reporters import Reporter
 
-class Limit(Reporter):
+class Print(Reporter):
     def message(self, text):
         print(text, flush=True)
-        if text.startswith("Fine-tuning"):
-            with open("/proc/self/statm") as file:
-                taken = int(file.read().split()[0]) * resource.getpagesize()
-            resource.setrlimit(resource.RLIMIT_AS, (taken + int(sys.argv[2]), -1))
+        # Or some allocation of C++ might end the process.
+        if "ran out of memory" in text:
+            resource.setrlimit(resource.RLIMIT_AS, (-1, -1))
+
+def limit_and_measure(compiled, found=[]):
+    found.append(needed_bytes(compiled))
+    if len(found) == 1:
+        with open("/proc/self/statm") as file:
+            taken = int(file.read().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (taken + int(0.8 * found[0]), -1))
+    return found[-1]
 
 if __name__ == "__main__":
-    finetune(
+    jaxcls.train.finetune.needed_bytes = limit_and_measure
+    jaxcls.train.finetune.finetune(
         read_folder(sys.argv[1]), create_model("resnet18", 2, image_size=224).backbone,
         FinetuneConfig(num_epochs=1, batch_size=32, learning_rates=(0.001,), min_crop_area=0.5),
-        reporters=[Limit()],
+        reporters=[Print()],
     )
 """
 
 
 @SLOW
 def test_a_process_that_really_runs_out_of_memory(tmp_path):
-    """It may grow by less than a step of the whole batch takes, 1.1 GB, but by more than half of one does."""
+    """Until it has failed, it may grow by less than a step of the whole batch takes."""
     write_photos(tmp_path / "photos", {"blue": 16, "red": 16})
     (tmp_path / "limited.py").write_text(LIMITED)
     done = subprocess.run(
-        [sys.executable, tmp_path / "limited.py", tmp_path / "photos", "1000000000"],
+        [sys.executable, tmp_path / "limited.py", tmp_path / "photos"],
         env=os.environ | {"XLA_FLAGS": ""}, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert "RESOURCE_EXHAUSTED" in done.stdout, done.stderr
@@ -175,4 +184,4 @@ def test_parts_take_less_memory():
         images = jax.ShapeDtypeStruct((64, 128, 128, 3), np.uint8)
         compiled = step.lower(state, images, jax.ShapeDtypeStruct((64,), np.int32)).compile()
         needed.append(needed_bytes(compiled))
-    assert needed[1] < 0.5 * needed[0]
+    assert needed[1] < 0.6 * needed[0]

@@ -34,6 +34,14 @@ LIMITS: Mapping[tuple[str, str], str] = {
         "cpu",
     ): "bias and ReLU are passes of their own; 1x1 convolutions as bfloat16 products "
     "would be faster on this CPU and are not built",
+    (
+        "input pipeline, JPEGs of 500 px",
+        "cpu",
+    ): "decoding in full, which both leave to Pillow, is most of it; not profiled further",
+    (
+        "input pipeline, JPEGs of 1500 px",
+        "cpu",
+    ): "random crops of such photos rarely allow a smaller scale of decoding; not profiled further",
 }
 
 

@@ -173,7 +173,7 @@ class Checkpoints:
                 "Repeat what the run was started with, or give a new folder"
             )
         with _orbax() as orbax:
-            state = TrainState(**orbax.restore(path / ARRAYS, vars(to_host(like))))
+            state = TrainState(**orbax.restore(path.absolute() / ARRAYS, vars(to_host(like))))
         totals, history = Totals(**progress["totals"]), tuple(progress["history"])
         snapshot = Snapshot(state, totals, history, progress["num_parts"])
         return snapshot, progress["environment"]
@@ -186,7 +186,7 @@ class Checkpoints:
             partial.mkdir(parents=True)
             _require_room(partial, snapshot)
             with _orbax() as orbax:
-                orbax.save(partial / ARRAYS, vars(snapshot.state))
+                orbax.save(partial.absolute() / ARRAYS, vars(snapshot.state))
             progress = {
                 "format": FORMAT,
                 "format_version": FORMAT_VERSION,
@@ -206,7 +206,7 @@ class Checkpoints:
             shutil.rmtree(partial, ignore_errors=True)
             raise TrainingError(
                 f"the checkpoint of step {snapshot.step} could not be written to {self.folder}: {error}: "
-                "those before it are whole; make room, then resume the run"
+                "those before it are whole; once this is mended, resume the run"
             ) from error
         self.newest = snapshot.position
         self._prune(snapshot.best_step)
@@ -218,7 +218,7 @@ class Checkpoints:
 
 
 def _orbax() -> "ocp.Checkpointer":
-    """For this process alone: it would wait for all the others, which do not save."""
+    """For this process alone: it would wait for all the others, which do not save. Paths must be absolute."""
     # Imported in the writing thread: half a second for which training need not wait.
     import orbax.checkpoint as ocp
 

@@ -4,7 +4,6 @@ The undisturbed run trains in this process; those that are killed, in processes 
 (a ResNet-18 at 32 pixels on two forced CPU devices) serves them all from the compilation cache.
 """
 
-import json
 import os
 import random
 import re
@@ -19,6 +18,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import trainer
 from conftest import write_photos
 
 from jaxcls.classifier import create_model, load
@@ -45,32 +45,6 @@ LONG = replace(
     CONFIG, num_epochs=8, learning_rates=(0.03, 0.02), dropout=0.5, log_every=2, checkpoint_seconds=0.4
 )
 LAST_STEP = CONFIG.num_epochs * STEPS_PER_EPOCH
-
-TRAIN = """
-import json, resource, sys
-from pathlib import Path
-from jaxcls.classifier import create_model, load
-from jaxcls.data.folder import read_folder
-from jaxcls.parallel import use_compilation_cache
-from jaxcls.train.config import FinetuneConfig
-from jaxcls.train.finetune import finetune
-from jaxcls.train.reporters import Reporter
-
-class Print(Reporter):
-    def message(self, text):
-        print(text, flush=True)
-    def steps(self, num_steps, row):
-        print("STEPS", num_steps, flush=True)
-
-if __name__ == "__main__":
-    photos, eval_photos, start, cache, run_dir, config, largest_file = sys.argv[1:]
-    use_compilation_cache(Path(cache))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (int(largest_file), -1))
-    finetune(
-        read_folder(photos), load(start), FinetuneConfig(**json.loads(config)),
-        eval_dataset=read_folder(eval_photos), run_dir=run_dir, resume=True, reporters=[Print()],
-    )
-"""
 
 
 class Recorder(Reporter):
@@ -115,13 +89,9 @@ def undisturbed(world, tmp_path_factory):
     return train(world, tmp_path_factory.mktemp("runs") / "undisturbed")
 
 
-def start_process(world, cache, run_dir, config=CONFIG, largest_file=-1):
-    script = world / "train.py"
-    script.write_text(TRAIN)
-    values = json.dumps(vars(config))
-    paths = (world / "photos", world / "eval", world / "start", cache, run_dir)
+def start_process(world, cache, run_dir, config=CONFIG, **options):
     return subprocess.Popen(
-        [sys.executable, script, *map(str, paths), values, str(largest_file)], stdout=subprocess.PIPE,
+        [sys.executable, *trainer.command(world, cache, run_dir, config, **options)], stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT, text=True, start_new_session=True,
     )  # fmt: skip
 
@@ -283,7 +253,7 @@ def test_ctrl_c_then_a_full_disk(world, undisturbed, compilation_cache, tmp_path
     assert process.wait() == 1
     last = text.rpartition("jaxcls.errors.TrainingError: ")[2]
     assert f"could not be written to {run_dir / 'checkpoints'}: " in last
-    assert "make room, then resume the run" in last
+    assert "once this is mended, resume the run" in last
     assert int(newest(run_dir).name) == STEPS_PER_EPOCH
     assert find_damage(newest(run_dir)) is None
     assert_same(load(run_dir / "classifier").weights, kept.weights)
@@ -361,6 +331,15 @@ def test_what_was_saved_is_restored(two_checkpoints):
     assert_same(vars(snapshot.state), vars(make_snapshot(6).state))
     assert (snapshot.totals, snapshot.step, notes) == (make_snapshot(6).totals, 6, [])
     assert_same(vars(to_host(LIKE)), vars(make_snapshot(0).state))
+
+
+def test_a_folder_may_be_relative(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    checkpoints = open_checkpoints(Path("run/checkpoints"))
+    checkpoints.save(make_snapshot(3))
+    checkpoints.wait()
+    snapshot, _ = open_checkpoints(Path("run/checkpoints")).restore(LIKE)
+    assert snapshot.step == 3
 
 
 def test_sha256sum_reads_the_checksums(two_checkpoints):

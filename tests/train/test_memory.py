@@ -119,6 +119,35 @@ def test_what_cannot_be_divided_is_an_error(photos, backbone, monkeypatch):
         train(photos, backbone, replace(CONFIG, batch_size=6))
 
 
+def test_an_evaluation_that_runs_out_of_memory_is_an_error(photos, backbone, monkeypatch):
+    def fail(run, views):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 7 bytes.")
+
+    monkeypatch.setattr(jaxcls.train.finetune._Run, "_evaluation_totals", fail)
+    with pytest.raises(TrainingError, match="the evaluation ran out of memory: use smaller batches"):
+        finetune(photos, backbone, CONFIG, eval_dataset=photos, reporters=[])
+
+
+@SLOW
+def test_a_resumed_run_keeps_its_parts(photos, backbone, fail_at, monkeypatch, tmp_path):
+    """Stopped in the second epoch, after the batch was divided in the first."""
+    config = replace(CONFIG, batch_norm="train", checkpoint_seconds=0)
+    fail_at(0)
+    undisturbed, _ = train(photos, backbone, config)
+    fail_at(0)
+    stop = Recorder()
+    stop.steps = lambda num_steps, row: stop.losses.append(row) or len(stop.losses) < 3 or interrupt()
+    with pytest.raises(KeyboardInterrupt):
+        finetune(photos, backbone, config, run_dir=tmp_path / "run", reporters=[stop])
+    resumed = finetune(photos, backbone, config, run_dir=tmp_path / "run", resume=True, reporters=[stop])
+    for one, other in zip(weights_of(resumed), weights_of(undisturbed), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def interrupt():
+    raise KeyboardInterrupt
+
+
 LIMITED = """
 import resource, sys
 import jaxcls.train.finetune

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import trainer
 from conftest import write_photos
 
 from jaxcls.classifier import create_model, load
@@ -36,36 +37,6 @@ CONFIG = FinetuneConfig(
 )
 LONG = replace(CONFIG, num_epochs=30, log_every=2)
 SECONDS = 100
-
-TRAIN = """
-import json, sys, zlib
-from pathlib import Path
-import jax, numpy as np
-from jaxcls.classifier import load
-from jaxcls.data.folder import read_folder
-from jaxcls.parallel import processes, use_compilation_cache
-from jaxcls.train.config import FinetuneConfig
-from jaxcls.train.finetune import finetune
-from jaxcls.train.reporters import Reporter
-
-class Print(Reporter):
-    def message(self, text):
-        print(text, flush=True)
-    def steps(self, num_steps, row):
-        print("STEPS", num_steps, flush=True)
-
-if __name__ == "__main__":
-    photos, eval_photos, start, cache, run_dir, config = sys.argv[1:]
-    use_compilation_cache(Path(cache))
-    with processes():
-        assert jax.process_count() == 2
-        result = finetune(
-            read_folder(photos), load(start), FinetuneConfig(**json.loads(config)),
-            eval_dataset=read_folder(eval_photos), run_dir=run_dir, resume=True, reporters=[Print()],
-        )
-        leaves = jax.tree.leaves(result.classifier.weights)
-        print("WEIGHTS", zlib.crc32(b"".join(np.asarray(leaf).tobytes() for leaf in leaves)), flush=True)
-"""
 
 
 def free_port():
@@ -126,15 +97,13 @@ def world(tmp_path_factory, compilation_cache):
     write_photos(folder / "photos", {"blue": 8, "red": 9})
     write_photos(folder / "eval", {"blue": 3, "red": 4}, seed=1)
     create_model("resnet18", 2, image_size=32).save(folder / "start")
-    (folder / "train.py").write_text(TRAIN)
     return folder
 
 
 @pytest.fixture(scope="module")
 def command(world, compilation_cache):
     def command(run_dir, config=CONFIG, photos="photos"):
-        paths = (world / photos, world / "eval", world / "start", compilation_cache, run_dir)
-        return [world / "train.py", *paths, json.dumps(vars(config))]
+        return trainer.command(world, compilation_cache, run_dir, config, photos, num_processes=2)
 
     return command
 

@@ -140,6 +140,7 @@ def _network(task: Task, settings: Settings) -> nn.Module:
     torch.backends.cudnn.benchmark = True
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False  # float32 says float32, here as in jaxcls
+    # torch's annotations leave out `memory_format`.
     return _untrained(task.depth).to(DEVICE, memory_format=settings.memory_format)  # type: ignore[call-overload]
 
 
@@ -155,7 +156,7 @@ def _untrained(depth: int) -> nn.Module:
             layer_type="bottleneck" if bottleneck else "basic",
             depths=list(STAGE_SIZES[depth]),
             hidden_sizes=[width * (4 if bottleneck else 1) for width in WIDTHS],
-            num_labels=NUM_CLASSES,  # type: ignore[call-arg]
+            num_labels=NUM_CLASSES,  # type: ignore[call-arg] - taken by the base class
         )
         return ResNetForImageClassification(config)
     return getattr(torchvision.models, f"resnet{depth}")(weights=None)

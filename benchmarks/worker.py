@@ -159,7 +159,7 @@ def main() -> None:
         answer({"images_per_step": started.images_per_step, **started.details})
         for line in sys.stdin:
             answer({"seconds": started.time(int(line))})
-    except Exception as error:
+    except Exception as error:  # of any kind: what ends a subject is the note of its row
         answer({"error": describe(error)})
         if not isinstance(error, ModuleNotFoundError | SubjectError):
             traceback.print_exc()

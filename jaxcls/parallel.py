@@ -5,6 +5,7 @@ each reads its own rows of every batch. What only one may do, such as writing fi
 """
 
 import atexit
+import hashlib
 import json
 import os
 import re
@@ -44,8 +45,8 @@ def processes() -> Iterator[None]:
         UsageError: there are no other processes.
         TrainingError: another process has ended.
     """
-    _join()
     try:
+        _join()
         yield
     except BaseException as error:
         code = _exit_code(error)
@@ -139,6 +140,27 @@ def together(function: Callable[[], T]) -> T:
         if text is not None:
             raise TrainingError(f"process {index}: {text}")
     return results[0]
+
+
+def require_same(what: str, value: Any) -> None:
+    """Compare a JSON value between the processes.
+
+    Args:
+        what: the value is, for the message.
+        value: of this process.
+
+    Raises:
+        UsageError: that of another process differs.
+    """
+    if jax.process_count() == 1:
+        return
+    digests = gather(hashlib.sha256(json.dumps(value).encode()).hexdigest())
+    for index, digest in enumerate(digests):
+        if digest != digests[0]:
+            raise UsageError(
+                f"process {index} was given other {what} than the first: start all processes with the same "
+                "command, and let all see the same files"
+            )
 
 
 def from_first_process(tree: Any) -> Any:

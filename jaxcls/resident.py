@@ -8,7 +8,9 @@ smallest crop needs, which are shrunk before they are cut, show somewhat more di
 import os
 from collections.abc import Generator, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from itertools import count
 from typing import Any, Literal, NamedTuple
 
@@ -21,7 +23,7 @@ from jaxcls.augment.views import cut_views
 from jaxcls.data.dataset import Dataset, leave_out, scan
 from jaxcls.errors import ImageError, UsageError
 from jaxcls.parallel import batch_sharding, memory_limit, put, replicated, steps_sharding
-from jaxcls.pipeline import Batch, training_order
+from jaxcls.pipeline import Batch, Share, evaluation_batches, on_devices, training_order
 from jaxcls.preprocess import Preprocess
 from jaxcls.progress import format_bytes, show_progress
 
@@ -128,6 +130,57 @@ class ResidentPhotos:
     def _batch(self, indices: np.ndarray, images: jax.Array, labels: jax.Array) -> Batch:
         mask = np.ones(labels.shape, bool)
         return Batch(images, labels, mask, indices, self.sizes[indices], ("",) * indices.size)
+
+
+class EvaluationViews:
+    """The batches of an evaluation set: kept on the devices after the first time, since views are fixed.
+
+    Args:
+        dataset: that can be decoded.
+        preprocess: how photos become images.
+        mesh: the devices.
+        budget: in bytes, what the images may take on each device; else every evaluation streams them.
+        batch_size: over all processes.
+        num_workers: of processes that decode.
+        share: of each batch, this process's.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        preprocess: Preprocess,
+        mesh: Mesh,
+        budget: int,
+        *,
+        batch_size: int,
+        num_workers: int,
+        share: Share,
+    ) -> None:
+        needed = len(dataset) * preprocess.size**2 * 3 // mesh.size
+        self.resident_bytes = needed if needed <= budget else 0
+        self._stream = partial(
+            evaluation_batches,
+            dataset,
+            preprocess,
+            batch_size=batch_size,
+            num_workers=num_workers,
+            share=share,
+        )
+        self._mesh = mesh
+        self._kept: list[Batch] = []
+
+    def batches(self) -> Generator[Batch, None, None]:
+        """All of them once, on the devices."""
+        if self._kept:
+            yield from self._kept
+            return
+        kept: list[Batch] = []
+        with closing(on_devices(self._stream(), batch_sharding(self._mesh))) as stream:
+            for batch in stream:
+                if self.resident_bytes:
+                    kept.append(batch)
+                yield batch
+        self._kept = kept
 
 
 class Choice(NamedTuple):

@@ -1,7 +1,5 @@
 """`finetune`: a dataset and a backbone become a classifier. The only loop over training steps."""
 
-import hashlib
-import json
 import threading
 import time
 from collections.abc import Generator, Iterator, Sequence
@@ -30,19 +28,19 @@ from jaxcls.parallel import (
     make_mesh,
     memory_limit,
     replicated,
+    require_same,
     steps_sharding,
     together,
 )
 from jaxcls.pipeline import (
     Batch,
     Share,
-    evaluation_batches,
     on_devices,
     steps_per_epoch,
     training_batches,
     training_order,
 )
-from jaxcls.resident import choose_pipeline, memory_budget
+from jaxcls.resident import EvaluationViews, choose_pipeline, memory_budget
 from jaxcls.train.checkpoint import Checkpoints, Snapshot, checksum, fingerprint
 from jaxcls.train.config import FinetuneConfig
 from jaxcls.train.folder import (
@@ -128,13 +126,14 @@ def finetune(
         UsageError: a configuration that cannot work, a `run_dir` that holds something, or, to resume, a
             run with another configuration or other photos; the message names what differs.
         TrainingError: the loss is no longer finite; the message names step and photos. A checkpoint cannot be
-            written, or every one is damaged.
+            written, or every one is damaged. A step in the smallest parts, or the evaluation, does not fit
+            in memory.
     """
     if resume and run_dir is None:
         raise UsageError("resume=True needs the run_dir of the run to go on with")
     config = config or FinetuneConfig()
     folder = None if run_dir is None else Path(run_dir)
-    _require_same_everywhere("settings", [_decisive(config), config.log_every, resume, folder is None])
+    require_same("settings", [_decisive(config), config.log_every, resume, folder is None])
     if folder is not None:
         together(lambda: open_folder(folder, resume=resume) if is_first_process() else None)
     run = _Run(dataset, as_backbone(backbone), config, eval_dataset, folder)
@@ -170,18 +169,18 @@ class _Run:
         self.num_parts = 1
         self._prepare()
         together(lambda: self._read_photos(dataset, eval_dataset))
-        self.eval_batches: list[Batch] = []
         self.notes: list[str] = []
         self.kept: Snapshot | None = None
         self.terminated = threading.Event()
         self.is_resumable = run_dir is not None
         self.run_dir = run_dir if is_first_process() else None
         self.checkpoints = None
-        _require_same_everywhere("photos or weights", self._identity())
+        identity = self._identity()
+        require_same("photos or weights", identity)
         if self.run_dir is not None:
             folder = self.run_dir / CHECKPOINTS_FOLDER
             self.checkpoints = Checkpoints(
-                folder, self._identity(), self._environment(), num_kept=config.num_checkpoints
+                folder, identity, self._environment(), num_kept=config.num_checkpoints
             )
 
     def _read_photos(self, dataset: Dataset, eval_dataset: Dataset | None) -> None:
@@ -202,7 +201,7 @@ class _Run:
             self.block_capacity = 1
         if is_looped_in_vain or self.dataset is not dataset:
             self._prepare()
-        self.eval_dataset = None
+        self.eval_dataset = self.eval_views = None
         if eval_dataset is not None:
             matched = eval_dataset.with_classes(dataset.classes)
             self.eval_dataset = scan(matched, max_bad_fraction=config.max_bad_fraction)
@@ -210,6 +209,15 @@ class _Run:
                 raise DatasetError(
                     f"evaluation dataset {eval_dataset.name} needs images, all of them labelled"
                 )
+            self.eval_views = EvaluationViews(
+                self.eval_dataset,
+                self.backbone.preprocess,
+                self.mesh,
+                0 if config.pipeline == "streaming" else self.budget,
+                batch_size=config.batch_size,
+                num_workers=config.num_workers,
+                share=self.share,
+            )
 
     def restore(self) -> None:
         """Go back to the newest good checkpoint, if there is one."""
@@ -338,8 +346,7 @@ class _Run:
     def _make_it_fit(self, reporter: Reporter) -> None:
         """Divide the batch until a step, as XLA foresees it, takes no more memory than there is."""
         resident = 0 if self.photos is None else self.photos.pixels.nbytes
-        if self._is_evaluation_kept():
-            resident += self._evaluation_bytes()
+        resident += 0 if self.eval_views is None else self.eval_views.resident_bytes
         # The most that any process needs: all must do the same.
         while (needed := max(gather(needed_bytes(self.compiling.result()))) + resident) > self.limit:
             self._divide(describe_shortage(needed, self.limit), reporter)
@@ -489,10 +496,10 @@ class _Run:
         return [self.dataset.ids[index] for index in order]
 
     def _evaluate(self) -> dict[str, Any]:
-        if self.eval_dataset is None:
+        if self.eval_views is None:
             return {}
         try:
-            total = self._evaluation_totals()
+            total = self._evaluation_totals(self.eval_views)
         except jax.errors.JaxRuntimeError as error:
             if not is_exhausted(error):
                 raise
@@ -509,9 +516,9 @@ class _Run:
             "eval_num_seen": total.num_seen,
         }
 
-    def _evaluation_totals(self) -> Totals:
+    def _evaluation_totals(self, views: EvaluationViews) -> Totals:
         fetched = []
-        with closing(self._eval_stream()) as stream:
+        with closing(views.batches()) as stream:
             for number, batch in enumerate(stream, start=1):
                 _require_readable(batch)
                 params, batch_stats = self.state.best_params, self.state.batch_stats
@@ -520,37 +527,6 @@ class _Run:
                 if is_ending:
                     self._checkpoint(is_ending)
         return sum((one for sums in jax.device_get(fetched) for one in _totals(sums)), start=Totals())
-
-    def _eval_stream(self) -> Generator[Batch, None, None]:
-        """The evaluation set; kept on the devices after the first time if it fits, its views being fixed."""
-        assert self.eval_dataset is not None
-        if self.eval_batches:
-            yield from self.eval_batches
-            return
-        config, preprocess = self.config, self.backbone.preprocess
-        batches = evaluation_batches(
-            self.eval_dataset,
-            preprocess,
-            batch_size=config.batch_size,
-            num_workers=config.num_workers,
-            share=self.share,
-        )
-        kept: list[Batch] = []
-        with closing(on_devices(batches, batch_sharding(self.mesh))) as stream:
-            for batch in stream:
-                if self._is_evaluation_kept():
-                    kept.append(batch)
-                yield batch
-        self.eval_batches = kept
-
-    def _is_evaluation_kept(self) -> bool:
-        return self.config.pipeline != "streaming" and self._evaluation_bytes() <= self.budget
-
-    def _evaluation_bytes(self) -> int:
-        """Of the whole evaluation set, as it is kept on the devices, divided over them."""
-        if self.eval_dataset is None:
-            return 0
-        return len(self.eval_dataset) * self.backbone.preprocess.size**2 * 3 // self.mesh.size
 
     def _classifier(self) -> Classifier:
         assert self.kept is not None
@@ -649,18 +625,6 @@ class _Run:
 def _decisive(config: FinetuneConfig) -> dict[str, Any]:
     """What of a configuration decides what the parameters become."""
     return {name: value for name, value in asdict(config).items() if name not in WITHOUT_EFFECT}
-
-
-def _require_same_everywhere(what: str, value: Any) -> None:
-    if jax.process_count() == 1:
-        return
-    digests = gather(hashlib.sha256(json.dumps(value).encode()).hexdigest())
-    for index, digest in enumerate(digests):
-        if digest != digests[0]:
-            raise UsageError(
-                f"process {index} was given other {what} than the first: start all processes with the same "
-                "command, and let all see the same files"
-            )
 
 
 def _require_readable(batch: Batch) -> None:

@@ -156,7 +156,7 @@ def _untrained(depth: int) -> nn.Module:
             layer_type="bottleneck" if bottleneck else "basic",
             depths=list(STAGE_SIZES[depth]),
             hidden_sizes=[width * (4 if bottleneck else 1) for width in WIDTHS],
-            num_labels=NUM_CLASSES,  # type: ignore[call-arg] - taken by the base class
+            num_labels=NUM_CLASSES,  # type: ignore[call-arg]  # taken by the base class
         )
         return ResNetForImageClassification(config)
     return getattr(torchvision.models, f"resnet{depth}")(weights=None)

@@ -131,7 +131,7 @@ def test_an_evaluation_that_runs_out_of_memory_is_an_error(photos, backbone, mon
 @SLOW
 def test_a_resumed_run_keeps_its_parts(photos, backbone, fail_at, monkeypatch, tmp_path):
     """Stopped in the second epoch, after the batch was divided in the first."""
-    config = replace(CONFIG, batch_norm="train", checkpoint_seconds=0)
+    config = replace(CONFIG, batch_norm="train", checkpoint_seconds=0.01)
     fail_at(0)
     undisturbed, _ = train(photos, backbone, config)
     fail_at(0)

@@ -125,7 +125,8 @@ def cut_view(image: Picture, preprocess: Preprocess, views: Views) -> np.ndarray
     else:
         view = preprocess.crop_box(image, tuple(views.boxes[0].tolist()))
     if views.flips is not None and views.flips[0]:
-        view = np.ascontiguousarray(view[:, ::-1])
+        # As whole pixels: their bytes one by one take three times as long.
+        view = np.ascontiguousarray(view.view("V3")[:, ::-1]).view(np.uint8)
     if views.factors is not None:
         view = adjust_colour(view[None], views.factors)[0]
     return view

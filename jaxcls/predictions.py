@@ -113,15 +113,7 @@ class Predictions:
         Raises:
             UsageError: the scores are margins, which have no scale.
         """
-        if self.kind == "probability":
-            return self.scores
-        if self.kind == "margin":
-            raise UsageError(
-                "margins are not probabilities: calibrate the classifier first"
-                " (a temperature, or a sigmoid for each class, fitted on held-out images)"
-            )
-        exponentials = np.exp(self.scores - self.scores.max(axis=1, keepdims=True))
-        return exponentials / exponentials.sum(axis=1, keepdims=True)
+        return probabilities(self.scores, self.kind)
 
     def rows(self) -> Iterator[dict[str, Any]]:
         """One plain dict for each image, in order; None stands for whatever is not known.
@@ -164,6 +156,23 @@ class Predictions:
         """Write `rows` as JSON lines: one object for each image, null for what is not known."""
         for row in self.rows():
             file.write(json.dumps(row, allow_nan=False) + "\n")
+
+
+def probabilities(scores: NDArray[np.float32], kind: Kind) -> NDArray[np.float32]:
+    """Scores [..., K] as `Predictions.probabilities` makes them of its own.
+
+    Raises:
+        UsageError: the scores are margins, which have no scale.
+    """
+    if kind == "probability":
+        return scores
+    if kind == "margin":
+        raise UsageError(
+            "margins are not probabilities: calibrate the classifier first"
+            " (a temperature, or a sigmoid for each class, fitted on held-out images)"
+        )
+    exponentials = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    return exponentials / exponentials.sum(axis=-1, keepdims=True)
 
 
 def require_rank(k: int, num_classes: int) -> None:

@@ -152,7 +152,7 @@ def predict(
         classes=classifier.classes,
         ids=tuple(dataset.ids),
         labels=None if (dataset.labels == UNLABELLED).all() else dataset.labels,
-        abstained=np.zeros(len(scores), bool) if thresholds is None else _below(scores, thresholds),
+        abstained=np.zeros(len(scores), bool) if thresholds is None else are_below(scores, thresholds),
         errors=errors,
     )
 
@@ -256,6 +256,7 @@ def _as_dataset(images: Items) -> Dataset:
     return dataset
 
 
-def _below(scores: np.ndarray, thresholds: np.ndarray) -> np.ndarray:
+def are_below(scores: np.ndarray, thresholds: np.ndarray) -> np.ndarray:
+    """bool [N]: where the best of scores [N, K] lies below its threshold, of [K]."""
     best = np.nan_to_num(scores, nan=-np.inf).argmax(axis=1)
     return scores[np.arange(len(scores)), best] < thresholds[best]

@@ -108,6 +108,18 @@ def within_seconds(results: Results, *, seconds: float, **values: Any) -> Outcom
     return Outcome(f"{measured:.3g} s", f"{seconds:g} s", seconds / measured, measured <= seconds)
 
 
+def within_compile_ratio(results: Results, *, times: float, **values: Any) -> Outcome | None:
+    """What compiling a ResNet-152 takes of what a ResNet-50 takes, both from an empty cache."""
+    seconds = {
+        row["depth"]: row["compile_seconds"] for row in results.find(subject=OURS, cache="cold", **values)
+    }
+    if not {50, 152} <= seconds.keys():
+        return None
+    measured = seconds[152] / seconds[50]
+    against = f"{times:g}x, of {seconds[50]:.2g} s"
+    return Outcome(f"{measured:.2f}x", against, times / measured, measured <= times)
+
+
 def within_step_time(results: Results, *, times: float) -> Outcome | None:
     """The short run's seconds against `times` the bare steps."""
     rows = [row for row in results.find(benchmark="short_run", work="short_run") if "seconds" in row]
@@ -184,6 +196,11 @@ def _goals() -> list[Goal]:
     warm = {"benchmark": "startup", "work": "first_score", "cache": "warm", "depth": 50}
     add("first score, warm, ResNet-50", "cpu", "≤ 3 s", within_seconds, seconds=3.0, **warm)
     add("first score, warm, ResNet-50", "gpu", "≤ 5 s", within_seconds, seconds=5.0, **warm)
+    for work, name in (("first_step", "training"), ("first_score", "scoring")):
+        how = {"benchmark": "startup", "work": work}
+        for platform, times, text in (("cpu", 4.06, "≤ 1.3x the ratio of blocks, 3.1"), ("gpu", 3.0, "≤ 3x")):
+            question = f"compile ResNet-152 for {name}, next to ResNet-50"
+            add(question, platform, text, within_compile_ratio, times=times, **how)
     run = "41 photos, 15 epochs, ResNet-18"
     add(run, "cpu", "≤ 3x the bare steps", within_step_time, times=3.0)
     whole = {"benchmark": "short_run", "work": "short_run"}

@@ -82,6 +82,11 @@ def read_bytes(path: str | Path) -> bytes:
         raise ImageError(name, f"cannot be read: {error}") from error
 
 
+def is_image(data: bytes) -> bool:
+    """Whether `data` begins as one of `FORMATS` does; `decode` shows whether the rest is sound."""
+    return _find_format(data) is not None
+
+
 @dataclass(frozen=True)
 class Photo:
     """A photo before its pixels are decoded.
@@ -111,7 +116,7 @@ def open_photo(data: bytes, *, name: str = "", max_pixels: int = MAX_PIXELS) -> 
     """
     if not data:
         raise ImageError(name, "the file is empty")
-    format_ = next((f for f in _FORMATS if f.magic.match(data)), None)
+    format_ = _find_format(data)
     if format_ is None:
         raise ImageError(name, f"not an image in a known format ({', '.join(FORMATS)})")
     limit = min(max_pixels, Image.MAX_IMAGE_PIXELS or max_pixels)
@@ -392,6 +397,11 @@ _FORMATS = (
     _Format("GIF", re.compile(rb"GIF8[79]a"), _prepare_gif, GifImageFile),
     _Format("TIFF", re.compile(rb"II\*\0|MM\0\*"), _prepare_tiff, TiffImageFile),
 )
+
+
+def _find_format(data: bytes) -> _Format | None:
+    return next((format_ for format_ in _FORMATS if format_.magic.match(data)), None)
+
 
 FORMATS = tuple(format_.name for format_ in _FORMATS)
 """The formats tried, recognised by content and not by suffix."""

@@ -4,6 +4,8 @@ A message says what is wrong, where, and what to do about it. Anything else that
 escapes is a defect.
 """
 
+import re
+
 
 class JaxclsError(Exception):
     """Base of every deliberate error. Catch this to catch them all."""
@@ -34,6 +36,32 @@ class ImageError(JaxclsError):
 
     def __reduce__(self) -> tuple[type["ImageError"], tuple[str, str]]:
         return type(self), (self.name, self.reason)
+
+
+class DownloadError(JaxclsError):
+    """A URL that is refused, or that does not bring a picture.
+
+    Args:
+        url: as it was asked for; a user name and password in it are left out, and the end of a very long one.
+        reason: what is wrong, without the URL. May quote the server; cut short too.
+        is_transient: whether the same URL may work later.
+    """
+
+    def __init__(self, url: str, reason: str, is_transient: bool = False) -> None:
+        url, reason = _one_line(re.sub("//[^/?#]*@", "//", url)), _one_line(reason)
+        super().__init__(f"{url}: {reason}" if url else reason)
+        self.url = url
+        self.reason = reason
+        self.is_transient = is_transient
+
+    def __reduce__(self) -> tuple[type["DownloadError"], tuple[str, str, bool]]:
+        return type(self), (self.url, self.reason, self.is_transient)
+
+
+def _one_line(text: str, limit: int = 300) -> str:
+    """`text` fit for a log: a stranger's line ends and control codes would forge lines."""
+    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    return text if len(text) <= limit else text[:limit] + "..."
 
 
 class WeightsError(JaxclsError):

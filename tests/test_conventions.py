@@ -18,7 +18,7 @@ errors
 storage progress
 parallel
 predictions
-data.images data.source data.splitting data.dataset data.folder
+data.images data.download data.source data.splitting data.dataset data.folder
 preprocess
 augment.host augment.views augment.ops
 pipeline resident

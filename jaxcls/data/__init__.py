@@ -3,4 +3,4 @@
 from etils import epy
 
 with epy.lazy_api_imports(globals()):
-    from jaxcls.data import dataset, folder, images, source, splitting
+    from jaxcls.data import dataset, download, folder, images, source, splitting

@@ -25,6 +25,7 @@ with epy.lazy_api_imports(globals()):
         program,
         resident,
         scoring,
+        serving,
         storage,
         svm,
         train,

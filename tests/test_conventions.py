@@ -28,6 +28,7 @@ models.port models.pretrained models.hub models.fold
 manifest program
 classifier
 scoring
+serving.auth
 train.config train.state train.optimizer train.step train.memory train.signals train.checkpoint
 train.reporters train.folder
 train.finetune
@@ -43,6 +44,7 @@ FORBIDDEN = {
     "preprocess": ("jax", "flax"),
     "augment.host": ("jax", "flax"),
     "predictions": ("jax", "flax"),
+    "serving": ("jaxcls.train", "jaxcls.svm"),
     "": ("torch", "torchvision", "timm", "transformers", "pickle"),
 }
 # Reading a .pth file is the one use of torch.
@@ -107,6 +109,7 @@ def test_stages_are_counted_alike():
         "augment.host",
         "augment.ops",
         "models.port",
+        "serving.auth",
         "train.reporters",
         "svm.fit",
     ],

@@ -76,6 +76,19 @@ class TrainingError(JaxclsError):
     """Training that cannot go on, such as a loss that is no longer finite."""
 
 
+class RequestError(JaxclsError):
+    """A request that the service refuses.
+
+    Args:
+        status: of the HTTP answer: 400 and above.
+        message: what is wrong with the request.
+    """
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+
+
 class MissingExtraError(JaxclsError):
     """An optional dependency that is not installed.
 

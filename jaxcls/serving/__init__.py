@@ -1,6 +1,6 @@
-"""A classifier becomes a web service, and its keys."""
+"""A classifier becomes a web service: the protocols that it speaks, and its keys."""
 
 from etils import epy
 
 with epy.lazy_api_imports(globals()):
-    from jaxcls.serving import auth
+    from jaxcls.serving import auth, openapi, wire

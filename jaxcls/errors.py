@@ -89,6 +89,19 @@ class RequestError(JaxclsError):
         self.status = status
 
 
+class ServiceError(JaxclsError):
+    """A scoring service that cannot be reached, refuses, or does not answer as one.
+
+    Args:
+        message: what it said.
+        status: the HTTP status of its last answer; None where there was none.
+    """
+
+    def __init__(self, message: str, *, status: int | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+
+
 class MissingExtraError(JaxclsError):
     """An optional dependency that is not installed.
 

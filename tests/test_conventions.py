@@ -29,6 +29,7 @@ manifest program
 classifier
 scoring
 serving.wire serving.openapi serving.auth
+serving.client
 train.config train.state train.optimizer train.step train.memory train.signals train.checkpoint
 train.reporters train.folder
 train.finetune
@@ -46,6 +47,7 @@ FORBIDDEN = {
     "predictions": ("jax", "flax"),
     "serving": ("jaxcls.train", "jaxcls.svm"),
     "serving.wire": ("jax", "flax"),
+    "serving.client": ("jax", "flax", "starlette", "uvicorn", "jaxcls.scoring", "jaxcls.classifier"),
     "": ("torch", "torchvision", "timm", "transformers", "pickle"),
 }
 # Reading a .pth file is the one use of torch.
@@ -113,6 +115,7 @@ def test_stages_are_counted_alike():
         "serving.wire",
         "train.reporters",
         "svm.fit",
+        "serving.client",
     ],
 )
 def test_modules_are_reached_through_the_package(path):
@@ -187,7 +190,9 @@ assert not {"jax", "sklearn", "matplotlib", "flax", "grain"} & set(sys.modules)
     assert min(float(run(code)) for _ in range(3)) < 1
 
 
-@pytest.mark.parametrize("module", ["preprocess", "augment.host", "data.dataset", "train.config", "cli"])
+@pytest.mark.parametrize(
+    "module", ["preprocess", "augment.host", "data.dataset", "train.config", "serving.client", "cli"]
+)
 def test_modules_that_help_loads_are_free_of_jax(module):
     assert run(f"import sys, jaxcls.{module}; print('jax' in sys.modules)").strip() == "False"
 

@@ -3,4 +3,4 @@
 from etils import epy
 
 with epy.lazy_api_imports(globals()):
-    from jaxcls.serving import auth, openapi, wire
+    from jaxcls.serving import auth, client, openapi, wire

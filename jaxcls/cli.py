@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Literal, TextIO
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, TextIO
 
 import tyro
 from tyro.conf import OmitArgPrefixes, Positional
@@ -23,12 +23,18 @@ from jaxcls.models.precision import PLATFORMS, Platform, Precision
 from jaxcls.storage import Storage
 from jaxcls.train.config import FinetuneConfig
 
+if TYPE_CHECKING:
+    from jaxcls.serving.client import Client
+
 DONE, FAILED, WRONG_USAGE, INTERRUPTED = 0, 1, 2, 130
+KEY_VARIABLE = "JAXCLS_SERVICE_KEY"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Command:
     """What every subcommand takes."""
+
+    uses_jax: ClassVar[bool] = True
 
     debug: bool = False
     """Show the traceback of an error."""
@@ -89,6 +95,35 @@ class SplitOptions:
     """Share of the photos to train on; 1: all of them, without a test; above 1: their number."""
     split_seed: int = 0
     """Another seed, another held-out part."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputOptions:
+    """Where the rows of scored images go."""
+
+    format: Literal["table", "csv", "jsonl"] | None = None
+    """How to write the rows; default: by the suffix of --out, else a table."""
+    out: Path | None = None
+    """Write to this .csv or .jsonl file instead of the terminal."""
+
+    def __post_init__(self) -> None:
+        if self.out is not None and self.form not in ("csv", "jsonl"):
+            raise UsageError("--out needs a name that ends in .csv or .jsonl, or --format csv or jsonl")
+
+    @property
+    def form(self) -> str:
+        """The format, the default resolved."""
+        return self.format or ("table" if self.out is None else self.out.suffix.removeprefix("."))
+
+    def write(self, predictions: jaxcls.Predictions) -> int:
+        """Write the rows and return the exit code."""
+        if self.form == "table":
+            _print_table(predictions)
+        else:
+            write = {"csv": predictions.write_csv, "jsonl": predictions.write_jsonl}[self.form]
+            with _open(self.out) as file:
+                write(file)
+        return FAILED if predictions.errors else DONE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -242,28 +277,16 @@ class Predict(PhotoCommand):
     """A saved classifier."""
     paths: Positional[tuple[Path, ...]]
     """Images, and folders of images."""
-    format: Literal["table", "csv", "jsonl"] | None = None
-    """How to write the rows; default: by the suffix of --out, else a table."""
-    out: Path | None = None
-    """Write to this .csv or .jsonl file instead of the terminal."""
+    output: OmitArgPrefixes[OutputOptions] = field(default_factory=OutputOptions)
     precision: Precision = "auto"
     """Of the convolutions."""
 
     def run(self) -> int:
-        form = self.format or ("table" if self.out is None else self.out.suffix.removeprefix("."))
-        if self.out is not None and form not in ("csv", "jsonl"):
-            raise UsageError("--out needs a name that ends in .csv or .jsonl, or --format csv or jsonl")
         from jaxcls.data.dataset import from_items
 
         photos = replace(from_items(_expand(self.paths)), max_pixels=self.max_pixels)
         predictions = jaxcls.predict(jaxcls.load(self.model), photos, precision=self.precision, progress=True)
-        if form == "table":
-            _print_table(predictions)
-        else:
-            write = {"csv": predictions.write_csv, "jsonl": predictions.write_jsonl}[form]
-            with _open(self.out) as file:
-                write(file)
-        return FAILED if predictions.errors else DONE
+        return self.output.write(predictions)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -296,7 +319,44 @@ class Export(Command):
         return DONE
 
 
-COMMANDS = (Quickstart, Info, Train, Svm, Evaluate, Predict, Export)
+@dataclass(frozen=True, kw_only=True)
+class Score(Command):
+    """Have a service score images: a row for each. One that fails gets a row with its error, and exit code 1.
+
+    The service's key comes from --key-file or the environment variable JAXCLS_SERVICE_KEY.
+    """
+
+    uses_jax = False
+
+    service: Annotated[Positional[str], tyro.conf.arg(metavar="NAME|URL")]
+    """The service's address, such as http://127.0.0.1:8000."""
+    images: Annotated[Positional[tuple[str, ...]], tyro.conf.arg(metavar="IMAGE ...")]
+    """Images, folders of images, and http(s) URLs of images."""
+    key_file: Path | None = None
+    """A file whose first line, # comments aside, is the key."""
+    softmax: bool = False
+    """Probabilities in place of the scores as they are."""
+    image_resize_dims: Annotated[tuple[int, int] | None, tyro.conf.arg(metavar="W H")] = None
+    """Have the images resized to this width and height first."""
+    output: OmitArgPrefixes[OutputOptions] = field(default_factory=OutputOptions)
+
+    def run(self) -> int:
+        from jaxcls.serving.client import is_url
+
+        images: list[str | Path] = []
+        for image in self.images:
+            images += [image] if is_url(image) else _expand([Path(image)])
+        with _open_service(self.service, self.key_file) as service:
+            predictions = service.predict(
+                images,
+                softmax=self.softmax,
+                image_resize_dims=self.image_resize_dims,
+                progress=True,
+            )
+        return self.output.write(predictions)
+
+
+COMMANDS = (Quickstart, Info, Train, Svm, Evaluate, Predict, Export, Score)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -312,9 +372,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             description=f"jaxcls {jaxcls.__version__}: {jaxcls.__doc__.partition(chr(10))[0]}",
             args=arguments,
         )
-        from jaxcls.parallel import use_compilation_cache
+        if command.uses_jax:
+            from jaxcls.parallel import use_compilation_cache
 
-        use_compilation_cache(Storage.default().persistent / "compiled")
+            use_compilation_cache(Storage.default().persistent / "compiled")
         return command.run()
     except BrokenPipeError:
         # The reader, such as `head`, has gone. Point the stream elsewhere, or its flush at exit fails too.
@@ -393,6 +454,20 @@ def _describe_classifier(path: Path) -> str:
             f"parity: scores its stored images as when saved (relative difference {difference:.1e})",
         ]
     )
+
+
+def _open_service(service: str, key_file: Path | None) -> Client:
+    """The service at an address."""
+    from jaxcls.serving.client import Client
+
+    return Client(service, os.environ.get(KEY_VARIABLE) if key_file is None else _read_key(key_file))
+
+
+def _read_key(path: Path) -> str:
+    for line in map(str.strip, _read_lines(path)):
+        if line and not line.startswith("#"):
+            return line
+    raise UsageError(f"{path} holds no key")
 
 
 def _open(path: Path | None) -> AbstractContextManager[TextIO]:

@@ -1,6 +1,7 @@
 """The client against real servers: one that misbehaves on purpose, and one that is killed and restarted."""
 
 import asyncio
+import csv
 import json
 import random
 import re
@@ -25,6 +26,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from jaxcls.cli import main
 from jaxcls.data.download import Guard, fetch
 from jaxcls.errors import ImageError, ServiceError, UsageError
 from jaxcls.serving.client import AsyncClient, Client, parse_result, pause_seconds, read_retry_after
@@ -754,3 +756,79 @@ def test_an_array_that_is_no_image():
             client.score([np.zeros((2, 2))])
         predictions = client.predict([np.zeros((2, 2)), b"1"])
     assert "uint8 [H, W, 3]" in predictions.errors[0]
+
+
+# The command.
+
+
+@pytest.fixture
+def environment(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("JAXCLS_HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("JAXCLS_SERVICE_KEY", raising=False)
+
+
+@pytest.mark.usefixtures("environment")
+def test_score_command(files, tmp_path, monkeypatch, capsys):
+    paths = files(3)
+    (tmp_path / "key").write_text("# of today\n\nkey-of-the-file-1\nanother-key-here\n")
+    with serving() as server:
+        assert main(["score", server.url, str(tmp_path), "--key-file", str(tmp_path / "key")]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        monkeypatch.setenv("JAXCLS_SERVICE_KEY", "key-of-environment")
+        paths[1].write_text("no picture")
+        arguments = ["score", server.url, *map(str, paths), "--out", str(tmp_path / "rows.csv"), "--softmax"]
+        assert main([*arguments, "--image-resize-dims", "64", "48"]) == 1
+    assert [line.split() for line in lines[1:]] == [
+        [str(paths[0]), "blue", "0.5000"],
+        [str(paths[1]), "red", "0.8808"],
+        [str(paths[2]), "red", "0.9820"],
+    ]
+    with (tmp_path / "rows.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["score:red"] for row in rows] == ["0.0", "", "2.0"]
+    assert rows[1]["error"] == f"{paths[1]}: not an image"
+    keys = [request.headers["authorization"] for request in server.requests]
+    assert keys == ["Bearer key-of-the-file-1"] * 3 + ["Bearer key-of-environment"] * 3
+    sent = json.loads(server.requests[-1].body)
+    assert (sent["softmax"], sent["image_resize_dims"]) == (True, [64, 48])
+
+
+@pytest.mark.usefixtures("environment")
+@pytest.mark.parametrize(
+    ("service", "code", "message"),
+    [("tableware", 2, "'tableware' is not an address"), ("http://127.0.0.1:1/", 2, "holds no images")],
+)
+def test_score_command_used_wrongly(service, code, message, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    image = tmp_path / ("empty" if "http" in service else "a.png")
+    assert main(["score", service, str(image)]) == code
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("environment")
+def test_score_command_with_a_file_without_a_key(tmp_path, capsys):
+    (tmp_path / "key").write_text("# none\n")
+    assert main(["score", "http://127.0.0.1:1", "a.png", "--key-file", str(tmp_path / "key")]) == 2
+    assert "holds no key" in capsys.readouterr().err
+
+
+def test_score_command_loads_no_jax_and_stops_at_ctrl_c(files):
+    """It is sent while a request waits for its answer."""
+    code = (
+        "import sys; from jaxcls.cli import main; code = main(); print('jax' in sys.modules); sys.exit(code)"
+    )
+    (path,) = files(1)
+    with serving(default=hangs) as server:
+        process = subprocess.Popen(
+            [sys.executable, "-c", code, "score", server.url, str(path)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        end = time.monotonic() + 10
+        while not server.requests:
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        out, error = process.communicate(timeout=5)
+    assert (process.returncode, out, error) == (130, "False\n", "jaxcls: interrupted\n")

@@ -102,6 +102,10 @@ class ServiceError(JaxclsError):
         self.status = status
 
 
+class DeploymentError(JaxclsError):
+    """A deployment that is not there, does not become ready, or is being changed by another process."""
+
+
 class MissingExtraError(JaxclsError):
     """An optional dependency that is not installed.
 

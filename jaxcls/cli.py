@@ -320,6 +320,37 @@ class Export(Command):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Serve(Command):
+    """Serve a classifier over HTTP until Ctrl-C or SIGTERM. `jaxcls deploy` keeps one running."""
+
+    model: Annotated[Positional[Path], tyro.conf.arg(metavar="CLASSIFIER")]
+    """A saved classifier."""
+    config: OmitArgPrefixes[ServiceConfig] = field(default_factory=ServiceConfig)
+    host: str = "127.0.0.1"
+    """The address to listen on; another than this machine's own needs --key-file."""
+    port: int = 8000
+    """0: any free one."""
+    key_file: Path | None = None
+    """Keys, one a line, any of which a request must carry; of mode 0600. Read again on SIGHUP."""
+    name: str | None = None
+    """Of the model, in addresses; default: the classifier's own."""
+
+    def run(self) -> int:
+        from jaxcls.serving.replica import Identity, Keys, listen, serve
+
+        keys = None if self.key_file is None else Keys.read(self.key_file)
+        listener = listen(self.host, self.port, is_private=keys is None)
+        host, port = listener.getsockname()[:2]
+        address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+        name = self.name or self.model.resolve().stem
+        serve(
+            self.model, [listener], self.config, Identity(name, "1", keys),
+            on_ready=lambda: print(f"serving {name}: {address}", flush=True),
+        )  # fmt: skip
+        return DONE
+
+
+@dataclass(frozen=True, kw_only=True)
 class Score(Command):
     """Have a service score images: a row for each. One that fails gets a row with its error, and exit code 1.
 
@@ -356,7 +387,68 @@ class Score(Command):
         return self.output.write(predictions)
 
 
-COMMANDS = (Quickstart, Info, Train, Svm, Evaluate, Predict, Export, Score)
+@dataclass(frozen=True, kw_only=True)
+class Deploy(Command):
+    """Serve a classifier on this machine under a name, in place of what is served under it: no request fails.
+
+    The service outlives the terminal and keeps a copy of the classifier. Replicas that die are started again.
+    """
+
+    name: Annotated[Positional[str], tyro.conf.arg(metavar="NAME")]
+    """Lower-case letters, digits and hyphens."""
+    model: Annotated[Positional[Path | None], tyro.conf.arg(metavar="[CLASSIFIER]")] = None
+    """A saved classifier; default: the one that was deployed last under this name."""
+    replicas: int = 1
+    """Processes that score, each with the whole classifier."""
+    port: int | None = None
+    """On 127.0.0.1; default: the one that the deployment has, or a free one."""
+    timeout_seconds: float = 600.0
+    """Give up, and keep what is served, if the new replicas are not all ready by then."""
+    config: OmitArgPrefixes[ServiceConfig] = field(default_factory=ServiceConfig)
+
+    def run(self) -> int:
+        from jaxcls.serving.deployment import Deployment
+
+        deployment = Deployment(self.name, self.model, self.replicas, config=self.config)
+        deployment.deploy(port=self.port, timeout_seconds=self.timeout_seconds)
+        return DONE
+
+
+@dataclass(frozen=True, kw_only=True)
+class List(Command):
+    """List the deployments, running or stopped."""
+
+    def run(self) -> int:
+        from jaxcls.serving.deployment import list_deployments
+
+        rows = [("name", "state", "version", "ready", "restarts", "endpoint", "status")]
+        for found in list_deployments():
+            ready = f"{found.num_ready}/{len(found.replicas)}"
+            restarts = sum(replica.num_restarts for replica in found.replicas)
+            served = str(found.version or "-")
+            urls = (found.service_url, found.status_url)
+            rows.append((found.name, found.state, served, ready, str(restarts), *urls))
+        _print_columns(rows)
+        return DONE
+
+
+@dataclass(frozen=True, kw_only=True)
+class Delete(Command):
+    """End a deployment once it has answered what it was asked, and remove its key, log and copies."""
+
+    name: Annotated[Positional[str], tyro.conf.arg(metavar="NAME")]
+    """As it was deployed."""
+
+    def run(self) -> int:
+        from jaxcls.serving.deployment import Deployment
+
+        Deployment(self.name).delete()
+        return DONE
+
+
+COMMANDS = (
+    Quickstart, Info, Train, Svm, Evaluate, Predict, Export, Serve, Deploy, List, Delete, Score
+)  # fmt: skip
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -418,9 +510,14 @@ def _print_table(predictions: jaxcls.Predictions) -> None:
             rows.append((row["id"], "(error)", row["error"]))
         else:
             rows.append((row["id"], row["predicted"] or "(abstained)", f"{score:.4f}" if label >= 0 else ""))
-    widths = [max(len(row[column]) for row in rows) for column in range(2)]
-    for image, name, score in rows:
-        print(f"{image:{widths[0]}}  {name:{widths[1]}}  {score}")
+    _print_columns(rows)
+
+
+def _print_columns(rows: Sequence[Sequence[str]]) -> None:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        cells = [f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)]
+        print("  ".join(cells).rstrip())
 
 
 def _describe_installation() -> str:

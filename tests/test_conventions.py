@@ -34,6 +34,7 @@ train.config train.state train.optimizer train.step train.memory train.signals t
 train.reporters train.folder
 train.finetune
 svm.fit
+serving.registry serving.keeper serving.supervisor serving.local serving.deployment
 quickstart
 cli
 """.split()  # noqa: SIM905 - a map, to be read as one

@@ -82,11 +82,13 @@ class RequestError(JaxclsError):
     Args:
         status: of the HTTP answer: 400 and above.
         message: what is wrong with the request.
+        retry_after: in seconds, when the same request may fare better; None: never.
     """
 
-    def __init__(self, status: int, message: str) -> None:
+    def __init__(self, status: int, message: str, *, retry_after: int | None = None) -> None:
         super().__init__(message)
         self.status = status
+        self.retry_after = retry_after
 
 
 class ServiceError(JaxclsError):

@@ -1,0 +1,60 @@
+"""How a service is to be run. No JAX: the command line reads it for `--help`."""
+
+from dataclasses import dataclass
+
+from jaxcls.data.images import MAX_PIXELS
+from jaxcls.errors import UsageError
+from jaxcls.models.precision import Precision
+
+BATCH_SIZES = (1, 2, 4, 8, 16)
+MAX_SHUTDOWN_SECONDS = 30
+"""From SIGTERM to the end of the process, whatever is still under way."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServiceConfig:
+    """The bounds of one replica.
+
+    Raises:
+        UsageError: a value that cannot work.
+    """
+
+    batch_sizes: tuple[int, ...] = BATCH_SIZES
+    """Compiled before the first request; whatever waits is scored in one of these."""
+    max_queue: int = 128
+    """Images taken in and not yet answered; further ones are told to come again (429)."""
+    max_queue_mib: int = 256
+    """MiB of request bodies held at once."""
+    max_body_mib: int = 64
+    """MiB of one request body."""
+    max_connections: int = 1024
+    """Open connections; further ones are told to come again (503)."""
+    max_pixels: int = MAX_PIXELS
+    """Refuse photos of more pixels, before decoding them."""
+    deadline_ms: int = 10_000
+    """Milliseconds from a request's arrival to its answer. What would take longer is told to come again."""
+    grace_seconds: float = 3.0
+    """After SIGTERM, go on taking requests for so long, while saying that this replica is not ready."""
+    precision: Precision = "auto"
+    """Of the convolutions."""
+    allow_urls: bool = False
+    """Fetch images that requests name by URL, from public addresses."""
+
+    def __post_init__(self) -> None:
+        if not self.batch_sizes or min(self.batch_sizes) < 1:
+            raise UsageError(f"batch sizes {self.batch_sizes}: give at least one, each at least 1")
+        counts = (
+            "max_queue",
+            "max_queue_mib",
+            "max_body_mib",
+            "max_connections",
+            "max_pixels",
+            "deadline_ms",
+        )
+        for name in counts:
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name} {getattr(self, name)}: must be at least 1")
+        if not 0 <= self.grace_seconds <= MAX_SHUTDOWN_SECONDS / 2:
+            raise UsageError(
+                f"grace_seconds {self.grace_seconds}: must lie from 0 to {MAX_SHUTDOWN_SECONDS // 2}"
+            )

@@ -20,6 +20,7 @@ import jaxcls
 from jaxcls.data.images import MAX_PIXELS
 from jaxcls.errors import JaxclsError, UsageError
 from jaxcls.models.precision import PLATFORMS, Platform, Precision
+from jaxcls.serving.config import ServiceConfig
 from jaxcls.storage import Storage
 from jaxcls.train.config import FinetuneConfig
 
@@ -336,7 +337,9 @@ class Serve(Command):
     """Of the model, in addresses; default: the classifier's own."""
 
     def run(self) -> int:
-        from jaxcls.serving.replica import Identity, Keys, listen, serve
+        from jaxcls.serving.app import Identity
+        from jaxcls.serving.auth import Keys
+        from jaxcls.serving.replica import listen, serve
 
         keys = None if self.key_file is None else Keys.read(self.key_file)
         listener = listen(self.host, self.port, is_private=keys is None)
@@ -360,7 +363,7 @@ class Score(Command):
     uses_jax = False
 
     service: Annotated[Positional[str], tyro.conf.arg(metavar="NAME|URL")]
-    """The service's address, such as http://127.0.0.1:8000."""
+    """Of `jaxcls deploy`, or the service's address, such as http://127.0.0.1:8000."""
     images: Annotated[Positional[tuple[str, ...]], tyro.conf.arg(metavar="IMAGE ...")]
     """Images, folders of images, and http(s) URLs of images."""
     key_file: Path | None = None
@@ -394,6 +397,8 @@ class Deploy(Command):
     The service outlives the terminal and keeps a copy of the classifier. Replicas that die are started again.
     """
 
+    uses_jax = False
+
     name: Annotated[Positional[str], tyro.conf.arg(metavar="NAME")]
     """Lower-case letters, digits and hyphens."""
     model: Annotated[Positional[Path | None], tyro.conf.arg(metavar="[CLASSIFIER]")] = None
@@ -418,6 +423,8 @@ class Deploy(Command):
 class List(Command):
     """List the deployments, running or stopped."""
 
+    uses_jax = False
+
     def run(self) -> int:
         from jaxcls.serving.deployment import list_deployments
 
@@ -435,6 +442,8 @@ class List(Command):
 @dataclass(frozen=True, kw_only=True)
 class Delete(Command):
     """End a deployment once it has answered what it was asked, and remove its key, log and copies."""
+
+    uses_jax = False
 
     name: Annotated[Positional[str], tyro.conf.arg(metavar="NAME")]
     """As it was deployed."""
@@ -554,9 +563,13 @@ def _describe_classifier(path: Path) -> str:
 
 
 def _open_service(service: str, key_file: Path | None) -> Client:
-    """The service at an address."""
-    from jaxcls.serving.client import Client
+    """The service at an address, or deployed under a name."""
+    from jaxcls.serving.client import Client, is_url
 
+    if not is_url(service):
+        from jaxcls.serving.deployment import Deployment
+
+        return Deployment(service).connect()
     return Client(service, os.environ.get(KEY_VARIABLE) if key_file is None else _read_key(key_file))
 
 

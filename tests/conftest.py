@@ -78,3 +78,29 @@ def backbone(compilation_cache):
     from jaxcls.classifier import create_model
 
     return create_model("resnet18", 2, image_size=32).backbone
+
+
+CLASSES = ("blue", "green", "red")
+
+
+@pytest.fixture(scope="session")
+def served_model(tmp_path_factory, compilation_cache) -> Path:
+    """A saved classifier of three classes, an untrained ResNet-18 for 32 x 32 pixels."""
+    from jaxcls.classifier import create_model
+
+    return create_model("resnet18", CLASSES, image_size=32).save(
+        tmp_path_factory.mktemp("served") / "colours"
+    )
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory) -> list[Path]:
+    """A dozen photos."""
+    folder = write_photos(tmp_path_factory.mktemp("pictures"), dict.fromkeys(CLASSES, 4))
+    return sorted(folder.rglob("*.png"))
+
+
+@pytest.fixture(scope="session")
+def service_home(tmp_path_factory) -> Path:
+    """A JAXCLS_HOME in which a service's programs are compiled once a session."""
+    return tmp_path_factory.mktemp("home")

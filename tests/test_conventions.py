@@ -28,13 +28,13 @@ models.port models.pretrained models.hub models.fold
 manifest program
 classifier
 scoring
-serving.wire serving.openapi serving.auth
-serving.client
+serving.config serving.wire serving.openapi serving.auth serving.client
+serving.admission serving.batcher serving.metrics serving.service serving.app serving.replica
+serving.registry serving.keeper serving.supervisor serving.local serving.deployment
 train.config train.state train.optimizer train.step train.memory train.signals train.checkpoint
 train.reporters train.folder
 train.finetune
 svm.fit
-serving.registry serving.keeper serving.supervisor serving.local serving.deployment
 quickstart
 cli
 """.split()  # noqa: SIM905 - a map, to be read as one

@@ -1,6 +1,23 @@
-"""A classifier becomes a web service: the protocols that it speaks, and its keys."""
+"""A classifier becomes a web service: its protocols, its processes, and its clients."""
 
 from etils import epy
 
 with epy.lazy_api_imports(globals()):
-    from jaxcls.serving import auth, client, openapi, wire
+    from jaxcls.serving import (
+        admission,
+        app,
+        auth,
+        batcher,
+        client,
+        config,
+        deployment,
+        keeper,
+        local,
+        metrics,
+        openapi,
+        registry,
+        replica,
+        service,
+        supervisor,
+        wire,
+    )

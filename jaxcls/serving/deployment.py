@@ -103,6 +103,14 @@ class Deployment:
             raise DeploymentError(f"{self.name} is stopped: `jaxcls deploy {self.name}` starts it again")
         return status.service_url
 
+    def connect(self) -> Client:
+        """A client with the service's key.
+
+        Raises:
+            DeploymentError: there is no such deployment, or it is stopped.
+        """
+        return Client(self.service_url, self._entry.read_key())
+
     def score_image(
         self,
         image: str | Path | bytes | NDArray[np.uint8],
@@ -122,7 +130,7 @@ class Deployment:
             ImageError: the image cannot be read here.
             ServiceError: the service gives no good answer.
         """
-        with Client(self.service_url, self._entry.read_key()) as client:
+        with self.connect() as client:
             return client.score([image], image_resize_dims=image_resize_dims, softmax=softmax)[0]
 
     def delete(self) -> None:

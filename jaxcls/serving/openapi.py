@@ -1,9 +1,10 @@
 """The service describes itself: an OpenAPI 3.1 document of its endpoints."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, get_args
 from urllib.parse import quote
 
+from jaxcls.predictions import Kind
 from jaxcls.serving.wire import (
     BINARY_HEADER,
     MAX_IMAGES,
@@ -200,14 +201,15 @@ def _schemas(classes: list[str], size: int) -> dict[str, Schema]:
     count, sides = _integer(1, MAX_IMAGES), _integer(1, MAX_SIDE)
     shared = {"model": _STRING, "timing_ms": {"type": "number", "minimum": 0}}
     values = _list(_NUMBER, len(classes), len(classes))
+    resize_dims = {
+        **_list(_integer(1, MAX_RESIZE_SIDE), 2, 2),
+        "type": ["array", "null"],
+        "description": "Width and height to resize the image to before it is preprocessed.",
+    }
     score_parameters = {
         "type": ["object", "null"],
         "properties": {
-            "image_resize_dims": {
-                **_list(_integer(1, MAX_RESIZE_SIDE), 2, 2),
-                "type": ["array", "null"],
-                "description": "Width and height to resize the image to before it is preprocessed.",
-            },
+            "image_resize_dims": resize_dims,
         },
         "patternProperties": {_in_any_case(SOFTMAX_NAMES): _BOOLEAN},
     }
@@ -251,7 +253,7 @@ def _schemas(classes: list[str], size: int) -> dict[str, Schema]:
                     MAX_IMAGES,
                 )
             },
-            {"softmax": _BOOLEAN},
+            {"softmax": _BOOLEAN, "image_resize_dims": resize_dims},
         ),
         "PredictForm": {
             "type": "object",
@@ -260,7 +262,12 @@ def _schemas(classes: list[str], size: int) -> dict[str, Schema]:
             "additionalProperties": {"contentMediaType": "application/octet-stream"},
             "minProperties": 1,
         },
-        "PredictAnswer": _object({"predictions": _list({"oneOf": [_ref("Prediction"), _ref("Failure")]}, 1)}),
+        "PredictAnswer": _object(
+            {
+                "kind": {"description": "What the scores are.", "enum": list(get_args(Kind))},
+                "predictions": _list({"oneOf": [_ref("Prediction"), _ref("Failure")]}, 1),
+            }
+        ),
         "Prediction": _object(
             {
                 "label": {

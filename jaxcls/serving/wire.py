@@ -27,6 +27,7 @@ from typing import Any, NoReturn, TypeVar
 import numpy as np
 
 from jaxcls.errors import MissingExtraError, RequestError
+from jaxcls.predictions import Kind
 
 MAX_IMAGES = 1024
 """Images in one request."""
@@ -84,12 +85,14 @@ class Answer:
         error: why the image could not be scored.
         label: the best class; None where the classifier abstained.
         abstained: whether it did.
+        status: of HTTP, for an error: 400, the image is at fault; 500, the service is.
     """
 
     scores: np.ndarray | None
     error: str | None = None
     label: str | None = None
     abstained: bool = False
+    status: int = 400
 
 
 # JSON.
@@ -225,8 +228,11 @@ def _predict_json(body: bytes) -> list[Job]:
     request = _expect(_parse_json(body), dict, "the body")
     images = _expect(request.get("images"), list, "images")
     softmax = _expect(request.get("softmax", False), bool, "softmax")
+    resize = _resize_dims(request.get("image_resize_dims"), "the body")
     _check_count(len(images))
-    return [Job(_predict_image(image, f"image {index}"), softmax) for index, image in enumerate(images)]
+    return [
+        Job(_predict_image(image, f"image {index}"), softmax, resize) for index, image in enumerate(images)
+    ]
 
 
 def _predict_image(image: Any, where: str) -> bytes | Url:
@@ -301,14 +307,17 @@ def _form_parts(content_type: str, body: bytes) -> list[tuple[dict[bytes, bytes]
     return [(parse_options_header(part["disposition"])[1], part["content"]) for part in parts]
 
 
-def format_predict(answers: Sequence[Answer], classes: Sequence[str], model: str, timing_ms: float) -> bytes:
-    """`{"predictions": [...]}` with one object for each image.
+def format_predict(
+    answers: Sequence[Answer], classes: Sequence[str], kind: Kind, model: str, timing_ms: float
+) -> bytes:
+    """`{"kind": ..., "predictions": [...]}`: what the scores are, and one object for each image.
 
-    It holds `label` (null where abstained), `score` (the best one), `scores` (of each class) and `abstained`;
-    or `error`. All hold `model` and `timing_ms`, from the request's admission to its answer.
+    The object holds `label` (null where abstained), `score` (the best one), `scores` (of each class) and
+    `abstained`; or `error`. All hold `model` and `timing_ms`, from the request's admission to its answer.
     """
     shared = {"model": model, "timing_ms": round(timing_ms, 3)}
-    return _to_json({"predictions": [{**_prediction(answer, classes), **shared} for answer in answers]})
+    predictions = [{**_prediction(answer, classes), **shared} for answer in answers]
+    return _to_json({"kind": kind, "predictions": predictions})
 
 
 def _prediction(answer: Answer, classes: Sequence[str]) -> dict[str, Any]:
@@ -481,7 +490,7 @@ def format_infer(
     """
     for index, answer in enumerate(answers):
         if answer.scores is None:
-            raise RequestError(400, f"image {index}: {answer.error}")
+            raise RequestError(answer.status, f"image {index}: {answer.error}")
     tensors = [_output(name, answers, is_binary) for name, is_binary in request.outputs.items()]
     header = {"model_name": model, "model_version": version, "outputs": [tensor for tensor, _ in tensors]}
     if request.id:

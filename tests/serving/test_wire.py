@@ -140,9 +140,10 @@ def test_forms_need_an_extra(monkeypatch):
 
 
 def test_predict_answers_an_object_for_each_image():
-    answer = json.loads(wire.format_predict([*ANSWERS, FAILURE], CLASSES, "tableware", 12.34567))
+    answer = json.loads(wire.format_predict([*ANSWERS, FAILURE], CLASSES, "margin", "tableware", 12.34567))
     shared = {"model": "tableware", "timing_ms": 12.346}
     assert answer == {
+        "kind": "margin",
         "predictions": [
             {
                 "label": "plate",
@@ -159,7 +160,7 @@ def test_predict_answers_an_object_for_each_image():
                 **shared,
             },
             {"error": 'image "x" is cut short', **shared},
-        ]
+        ],
     }
 
 
@@ -649,7 +650,9 @@ def test_answers_are_as_the_document_says():
         schema = DOCUMENT["components"]["schemas"]["ScoreAnswer"]["items"]["contentSchema"]
         Draft202012Validator({**schema, "components": DOCUMENT["components"]}).validate(json.loads(answer))
     validator("ScoreAnswer").validate(json.loads(wire.format_score([*ANSWERS, FAILURE])))
-    validator("PredictAnswer").validate(json.loads(wire.format_predict([*ANSWERS, FAILURE], CLASSES, "m", 1)))
+    validator("PredictAnswer").validate(
+        json.loads(wire.format_predict([*ANSWERS, FAILURE], CLASSES, "logit", "m", 1))
+    )
     for request in (infer_json(), infer_json({"outputs": [{"name": "labels"}], "id": "7"})):
         answer = wire.format_infer(parse_infer(request, None), ANSWERS, "m", "1")[1]
         validator("InferAnswer").validate(json.loads(answer))

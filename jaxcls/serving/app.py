@@ -184,19 +184,26 @@ def _scoring(replica: Replica, parse: Parse) -> Callable[[Request], Awaitable[Re
             exchange = await _parse(parse, request.headers, body)
             held.enter_context(replica.admission.images(len(exchange.jobs)))
             answers = await _while_connected(request, replica.service.answer(exchange.jobs, deadline))
+            _require_any(answers)
             milliseconds = 1000 * (loop.time() - started)
             headers, content = exchange.write(answers, milliseconds)
         for answer in answers:
             replica.metrics.images.labels("scored" if answer.error is None else "failed").inc()
-        status = 200 if any(answer.error is None for answer in answers) else max(a.status for a in answers)
         headers = {
             "content-type": "application/json",
             TIME_HEADER: f"{milliseconds:.2f}",
             **headers,
         }
-        return Response(content, status, headers)
+        return Response(content, headers=headers)
 
     return respond
+
+
+def _require_any(answers: Sequence[Answer]) -> None:
+    """Raise RequestError unless an image could be scored."""
+    if all(answer.error is not None for answer in answers):
+        alone = f"{len(answers)} images, none of which can be scored; the first: " if len(answers) > 1 else ""
+        raise RequestError(max(answer.status for answer in answers), f"{alone}{answers[0].error}")
 
 
 async def _read_body(request: Request, replica: Replica, deadline: float, held: ExitStack) -> bytes:

@@ -226,8 +226,7 @@ def test_mistakes_are_named(service, http, method, path, body, status):
     kind = "application/json" if is_json else "image/png"
     answer = http.request(method, f"{service.url}{path}", content=body, headers={"content-type": kind})
     assert answer.status_code == status
-    if path != "/v1/predict" or status != 400:
-        assert answer.json()["error"]
+    assert answer.json()["error"]
 
 
 def test_a_compressed_body_is_refused(service, http):
@@ -239,14 +238,14 @@ def test_a_compressed_body_is_refused(service, http):
 def test_urls_are_refused_unless_allowed(service, http):
     answer = http.post(f"{service.url}/v1/predict", json={"images": [{"url": "http://127.0.0.1/x.png"}]})
     assert answer.status_code == 400
-    assert "does not fetch images by URL" in answer.json()["predictions"][0]["error"]
+    assert "does not fetch images by URL" in answer.json()["error"]
 
 
 def test_urls_go_through_the_guard(served_model, service_home, http):
     with start_service(served_model, service_home, "--allow-urls") as served:
         answer = http.post(f"{served.url}/v1/predict", json={"images": [{"url": f"{served.url}/v2"}]})
         assert answer.status_code == 400
-        assert "error" in answer.json()["predictions"][0]
+        assert "is not allowed" in answer.json()["error"]
         assert served.metric("jaxcls_requests_total") == 1  # it did not ask itself
 
 

@@ -504,8 +504,10 @@ def test_a_service_that_comes_to_refuse_the_key_ends_the_run_and_keeps_what_is_s
     expired = says({"error": "unknown key"}, "401 Unauthorized")
     with serving(*[scores] * 10, default=expired) as server, Client(server.url) as client:
         predictions = client.predict([b"%d" % number for number in range(1000)], concurrency=2)
-    assert predictions.scores[:10, 1].tolist() == list(range(10))
-    assert list(predictions.errors) == list(range(10, 1000))
+    scored = np.flatnonzero(~predictions.unreadable)
+    assert len(scored) == 10
+    assert scored.max() < 12  # two are under way at a time, and either may be answered first
+    assert predictions.scores[scored, 1].tolist() == scored.tolist()
     assert len(server.requests) <= 12
     assert "401: unknown key" in predictions.errors[999]
 
@@ -796,7 +798,7 @@ def test_score_command(files, tmp_path, monkeypatch, capsys):
 @pytest.mark.usefixtures("environment")
 @pytest.mark.parametrize(
     ("service", "code", "message"),
-    [("tableware", 2, "'tableware' is not an address"), ("http://127.0.0.1:1/", 2, "holds no images")],
+    [("tableware", 1, "there is no deployment tableware"), ("http://127.0.0.1:1/", 2, "holds no images")],
 )
 def test_score_command_used_wrongly(service, code, message, tmp_path, capsys):
     (tmp_path / "empty").mkdir()

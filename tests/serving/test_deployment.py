@@ -8,8 +8,10 @@ import subprocess
 import sys
 import threading
 import time
+from base64 import b64encode
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from io import BytesIO
 
 import httpx2
 import numpy as np
@@ -27,6 +29,7 @@ from jaxcls.serving.deployment import Deployment, delete_if_exists, list_deploym
 from jaxcls.storage import Storage, file_sha256
 
 SECONDS = 60
+NUM_KILLS = 20
 QUICK = ServiceConfig(batch_sizes=(1,), grace_seconds=0.5)
 IMAGE = np.zeros((32, 32, 3), np.uint8)
 
@@ -112,6 +115,35 @@ def all_gone(processes):
 def ask(deployment, path="/v2/health/ready", *, key=True):
     headers = {"Authorization": f"Bearer {(folder_of(deployment.name) / 'key').read_text().strip()}"}
     return httpx2.get(deployment.status().status_url + path, headers=headers if key else {})
+
+
+@contextmanager
+def scoring_without_retries(deployment):
+    """Score all the time, a connection for each request; yield the list of statuses, "lost" without one."""
+    headers = {"Authorization": f"Bearer {deployment.status().key_file.read_text().strip()}"}
+    body, outcomes, stop = b'[{"image_in_base64": "%s"}]' % b64encode(as_png(IMAGE)), [], threading.Event()
+
+    def work():
+        while not stop.is_set():
+            try:
+                answer = httpx2.post(deployment.service_url, content=body, headers=headers, timeout=SECONDS)
+                outcomes.append(answer.status_code)
+            except httpx2.TransportError:
+                outcomes.append("lost")
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    try:
+        yield outcomes
+    finally:
+        stop.set()
+        thread.join(SECONDS)
+
+
+def as_png(pixels):
+    file = BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    return file.getvalue()
 
 
 @contextmanager
@@ -241,13 +273,17 @@ def test_new_keys_are_taken_over(deployment):
 
 @pytest.mark.slow
 def test_a_killed_replica_is_started_again_and_no_request_fails(deployment):
-    with scoring(deployment) as scores:
-        for _ in range(3):
+    """Without the client's retries, what was in flight fails, at most: here one request a time."""
+    with scoring(deployment) as scores, scoring_without_retries(deployment) as outcomes:
+        for _ in range(NUM_KILLS):
             before = pids(deployment)
             os.kill(min(before), signal.SIGKILL)
             wait_until(lambda: deployment.status().num_ready == 2 and min(before) not in pids(deployment))  # noqa: B023
     assert set(scores) == {1}
-    assert sum(replica.num_restarts for replica in deployment.status().replicas) == 3
+    assert len(outcomes) > NUM_KILLS
+    assert outcomes.count("lost") <= NUM_KILLS
+    assert set(outcomes) <= {200, "lost"}
+    assert sum(replica.num_restarts for replica in deployment.status().replicas) == NUM_KILLS
     assert "exit code -9" in deployment.status().log_file.read_text()
 
 

@@ -334,7 +334,7 @@ class Serve(Command):
     key_file: Path | None = None
     """Keys, one a line, any of which a request must carry; of mode 0600. Read again on SIGHUP."""
     name: str | None = None
-    """Of the model, in addresses; default: the classifier's own."""
+    """Of the model, in addresses; default: that of its folder."""
 
     def run(self) -> int:
         from jaxcls.serving.app import Identity

@@ -455,8 +455,57 @@ class Delete(Command):
         return DONE
 
 
+@dataclass(frozen=True, kw_only=True)
+class Loadtest(Command):
+    """Put a service under load, and write a report. Exit code 1: requests failed, or p99 was missed.
+
+    Requests that the service refuses as too many (429, 503) are counted apart and are no failures.
+    """
+
+    uses_jax = False
+
+    url: Positional[str]
+    """The service's address, such as http://127.0.0.1:8000."""
+    images: Path
+    """A folder of images, sent in turn."""
+    rate: float | None = None
+    """Requests per second, which come whatever becomes of those before."""
+    users: int | None = None
+    """Instead of --rate: how many users, each of whom waits for an answer before asking again."""
+    duration: float = 30.0
+    """Seconds."""
+    key_file: Path | None = None
+    """A file whose first line, # comments aside, is the key."""
+    p99_ms: float | None = None
+    """The objective: 99 % of the good answers within so many milliseconds."""
+    out: Path | None = None
+    """A new folder for report.html, report.json and goodput.png."""
+
+    def run(self) -> int:
+        from jaxcls.serving.load_test import Load, choose_images, load_test
+
+        if self.out is not None and self.out.exists():
+            raise UsageError(f"{self.out} exists: give a new folder")
+        load = Load(
+            url=self.url,
+            images=choose_images(self.images),
+            rate=self.rate,
+            users=self.users,
+            seconds=self.duration,
+            key=_service_key(self.key_file),
+        )
+        report = load_test(load, p99_ms=self.p99_ms)
+        print(report)
+        out = self.out or _new_output("loadtest")
+        report.write(out)
+        print(f"report: {out / 'report.html'}")
+        if report.is_interrupted:
+            return INTERRUPTED
+        return FAILED if report.problems else DONE
+
+
 COMMANDS = (
-    Quickstart, Info, Train, Svm, Evaluate, Predict, Export, Serve, Deploy, List, Delete, Score
+    Quickstart, Info, Train, Svm, Evaluate, Predict, Export, Serve, Deploy, List, Delete, Score, Loadtest
 )  # fmt: skip
 
 
@@ -570,14 +619,17 @@ def _open_service(service: str, key_file: Path | None) -> Client:
         from jaxcls.serving.deployment import Deployment
 
         return Deployment(service).connect()
-    return Client(service, os.environ.get(KEY_VARIABLE) if key_file is None else _read_key(key_file))
+    return Client(service, _service_key(key_file))
 
 
-def _read_key(path: Path) -> str:
-    for line in map(str.strip, _read_lines(path)):
-        if line and not line.startswith("#"):
-            return line
-    raise UsageError(f"{path} holds no key")
+def _service_key(key_file: Path | None) -> str | None:
+    """The first key in a file; without one, the environment's."""
+    if key_file is None:
+        return os.environ.get(KEY_VARIABLE)
+    for line in _read_lines(key_file):
+        if key := line.partition("#")[0].strip():
+            return key
+    raise UsageError(f"{key_file} holds no key")
 
 
 def _open(path: Path | None) -> AbstractContextManager[TextIO]:

@@ -42,7 +42,7 @@ def plot_confusion_matrix(evaluation: Evaluation, ax: Axes | None = None, normal
     K = len(evaluation.classes)
     if ax is None:
         side = min(4 + 0.4 * K, 12)
-        ax = _new_axes((side, side))
+        ax = new_axes((side, side))
     matrix = evaluation.confusion_matrix(normalize)
     # The square root lets single mistakes be seen beside a diagonal of hundreds.
     norm = PowerNorm(0.5, vmin=0, vmax=float(np.nanmax(matrix)))
@@ -80,7 +80,7 @@ def plot_training(history: Sequence[Mapping[str, Any]], ax: Axes | None = None) 
     if not any(measured.values()):
         raise UsageError("nothing to plot: the history has no train_accuracy and no eval_accuracy")
     if ax is None:
-        ax = _new_axes((6, 4))
+        ax = new_axes((6, 4))
     for key, rows in measured.items():
         if rows:
             ax.plot([row["epoch"] for row in rows], [row[key] for row in rows], markersize=4, **styles[key])
@@ -96,7 +96,8 @@ def save(ax: Axes, path: str | Path) -> None:
     ax.figure.get_figure(root=True).savefig(path)
 
 
-def _new_axes(size_inches: tuple[float, float]) -> Axes:
+def new_axes(size_inches: tuple[float, float]) -> Axes:
+    """Axes on a new figure of their own."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=size_inches, layout="constrained").add_subplot()

@@ -12,6 +12,7 @@ with epy.lazy_api_imports(globals()):
         config,
         deployment,
         keeper,
+        load_test,
         local,
         metrics,
         openapi,

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
+import subprocess
 import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -504,8 +506,39 @@ class Loadtest(Command):
         return FAILED if report.problems else DONE
 
 
+@dataclass(frozen=True, kw_only=True)
+class Docker(Command):
+    """Write what a container image that serves a classifier is built from, and build it where Docker runs."""
+
+    uses_jax = False
+
+    model: Annotated[Positional[Path], tyro.conf.arg(metavar="CLASSIFIER")]
+    """A saved classifier."""
+    out: Path | None = None
+    """A new folder for the build context."""
+    tag: str = "jaxcls"
+    """The image's name."""
+    cuda: bool = False
+    """For NVIDIA GPUs."""
+
+    def run(self) -> int:
+        from jaxcls.serving import docker
+
+        context = docker.write_context(self.model, self.out or _new_output("docker"), cuda=self.cuda)
+        print(f"build context: {context}")
+        build = docker.build_command(context, self.tag)
+        if docker.has_engine():
+            if subprocess.run(build).returncode:
+                return FAILED
+        else:
+            print(f"no Docker engine answers here; where one does: {shlex.join(build)}")
+        print(f"run it: {docker.run_command(self.tag, cuda=self.cuda)}")
+        return DONE
+
+
 COMMANDS = (
-    Quickstart, Info, Train, Svm, Evaluate, Predict, Export, Serve, Deploy, List, Delete, Score, Loadtest
+    Quickstart, Info, Train, Svm, Evaluate, Predict, Export, Serve, Deploy, List, Delete, Score, Loadtest,
+    Docker,
 )  # fmt: skip
 
 

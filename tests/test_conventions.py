@@ -31,7 +31,7 @@ scoring
 serving.config serving.wire serving.openapi serving.auth serving.client
 serving.admission serving.batcher serving.metrics serving.service serving.app serving.replica
 serving.registry serving.keeper serving.supervisor serving.local serving.deployment
-serving.load_test serving.load_generator
+serving.load_test serving.load_generator serving.docker
 train.config train.state train.optimizer train.step train.memory train.signals train.checkpoint
 train.reporters train.folder
 train.finetune

@@ -11,6 +11,7 @@ with epy.lazy_api_imports(globals()):
         client,
         config,
         deployment,
+        docker,
         keeper,
         load_test,
         local,

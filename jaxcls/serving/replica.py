@@ -50,6 +50,8 @@ HEADER_SECONDS = 10.0
 """A connection without a whole request's headers is closed after this."""
 MAX_HEADER_BYTES = 64 * 1024
 KEEP_ALIVE_SECONDS = 30
+LAST_REQUESTS_SECONDS = 0.2
+"""For what was on its way over connections that were accepted, when no further ones are."""
 BATCHES_IN_FLIGHT = {"cpu": 1}
 """By platform; elsewhere 2, so that the device need not wait for the host."""
 LINGER = {"cpu": 0.0}
@@ -184,7 +186,9 @@ class _Server(uvicorn.Server):
         self.should_exit = True
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        # Not before the listening sockets are closed, which is the first thing done there.
+        for server in self.servers:
+            server.close()
+        await asyncio.sleep(LAST_REQUESTS_SECONDS)
         self.replica.admission.is_closed = True
         await super().shutdown(sockets)
 

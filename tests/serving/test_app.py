@@ -390,7 +390,7 @@ def test_sigterm_answers_what_was_accepted_and_exits(served_model, service_home,
                     answer = client.post(
                         f"{url}/v1/predict", content=pictures[index].read_bytes(), headers=JPEG
                     )
-                except httpx2.ConnectError:
+                except httpx2.ConnectError:  # it has gone
                     return
                 results.append((index, answer))
 
@@ -398,8 +398,7 @@ def test_sigterm_answers_what_was_accepted_and_exits(served_model, service_home,
         start_service(served_model, service_home, "--grace-seconds", 1) as served,
         ThreadPoolExecutor(4) as pool,
     ):
-        for index in range(4):
-            pool.submit(ask, index, served.url)
+        asking = [pool.submit(ask, index, served.url) for index in range(4)]
         while len(results) < 20:
             time.sleep(0.01)
         served.process.send_signal(signal.SIGTERM)
@@ -409,6 +408,8 @@ def test_sigterm_answers_what_was_accepted_and_exits(served_model, service_home,
         num_before = len(results)
         assert served.process.wait(30) == 0
         stop.set()
+        for asked in asking:
+            asked.result()
     assert len(results) > num_before  # still taken while it said that it was not ready
     for index, answer in results:
         if answer.status_code == 503:  # refused in the last moment, not accepted

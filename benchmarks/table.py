@@ -117,6 +117,29 @@ def within_seconds(results: Results, *, seconds: float, **values: Any) -> Outcom
     return Outcome(f"{measured:.3g} s", f"{seconds:g} s", seconds / measured, measured <= seconds)
 
 
+def within_milliseconds(results: Results, *, added: float) -> Outcome | None:
+    """What HTTP adds to a photo that is decoded and scored alone."""
+    for row in results.find(benchmark="serving", work="at_rest"):
+        measured = row["p50_ms"]["median"] - row["alone_ms"]["median"]
+        against = f"{added:g} ms more than {row['alone_ms']['median']:.3g} ms"
+        return Outcome(f"{measured:.2g} ms", against, added / max(measured, 1e-3), measured <= added)
+    return None
+
+
+def withstands(results: Results, *, times: int) -> Outcome | None:
+    """An overload: goodput, the slowest accepted answer, and how soon the others are refused."""
+    for row in results.find(benchmark="serving", work=f"overload_{times}x"):
+        share = row["goodput_per_second"] / row["peak_per_second"]
+        reached = share >= 0.9 and row["good_p99_ms"] <= row["p99_bound_ms"] and row["refused_p99_ms"] <= 50
+        measured = (
+            f"{share:.0%} of the peak, accepted p99 {row['good_p99_ms'] / 1000:.3g} s, "
+            f"refused {row['refused_p99_ms']:.2g} ms"
+        )
+        bound = f"90 %, {row['p99_bound_ms'] / 1000:.3g} s, 50 ms"
+        return Outcome(measured, bound, share / 0.9, reached)
+    return None
+
+
 def within_compile_ratio(results: Results, *, times: float, **values: Any) -> Outcome | None:
     """What compiling a ResNet-152 takes of what a ResNet-50 takes, both from an empty cache."""
     seconds = {
@@ -212,6 +235,20 @@ def _goals() -> list[Goal]:
         for platform, times, text in (("cpu", 4.06, "≤ 1.3x the ratio of blocks, 3.1"), ("gpu", 3.0, "≤ 3x")):
             question = f"compile ResNet-152 for {name}, next to ResNet-50"
             add(question, platform, text, within_compile_ratio, times=times, **how)
+    for work, other, ratio, what in (
+        ("serve_tensors", "score_bare", 0.9, "tensors of 16 images"),
+        ("serve_photos", "score_photos", 0.85, "a 500 px JPEG each"),
+    ):
+        how = {"benchmark": "serving", "work": work, "other": other, "image_size": 224}
+        add(f"serve, {what}", "cpu", f"≥ {ratio:.0%} of without HTTP", against_own, ratio=ratio, **how)
+    add("serve, one JPEG at a time", "cpu", "≤ 5 ms added", within_milliseconds, added=5.0)
+    for times in (2, 10):
+        text = "≥ 90 % of the peak; accepted within the queue's time; refused within 50 ms"
+        add(f"serve, {times}x overload", "cpu", text, withstands, times=times)
+    for image_size, ratio in ((32, 1.5), (224, 1.0)):
+        how = {"benchmark": "serving", "work": "serve_single", "peer": "litserve", "image_size": image_size}
+        text = f"≥ {ratio:g}x LitServe"
+        add(f"serve, ResNet-18 at {image_size} px", "cpu", text, against_peers, ratio=ratio, **how)
     run = "41 photos, 15 epochs, ResNet-18"
     add(run, "cpu", "≤ 3x the bare steps", within_step_time, times=3.0)
     whole = {"benchmark": "short_run", "work": "short_run"}

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -154,3 +155,14 @@ def test_a_row_that_needs_more_than_is_there_says_so(tmp_path, bare):
 
 def test_there_are_at_most_eight_result_files_of_a_gpu():
     assert len(STAGES) <= 8
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("wrk") is None, reason="the load comes from wrk")
+def test_serving(tmp_path):
+    run("-m", "benchmarks.serving", "--tiny", "--out", tmp_path)
+    rows = {work: row for (_, work, subject), row in read(tmp_path).items() if subject == "jaxcls"}
+    assert {"score_bare", "serve_tensors", "serve_photos", "at_rest", "overload_10x"} <= rows.keys()
+    assert rows["serve_photos"]["images_per_second"]["median"] > 0
+    assert rows["overload_10x"]["busy"] > rows["overload_10x"]["good"] > 0
+    assert rows["overload_10x"]["other"] == 0

@@ -122,7 +122,7 @@ def _patch_product(x: jax.Array, kernel: jax.Array, stride: int, padding: int) -
     ]
     matrix = kernel.reshape(-1, kernel.shape[-1])
     product = jnp.concatenate(patches, axis=-1).reshape(-1, len(matrix)) @ matrix
-    return product.reshape(len(x), height, width, kernel.shape[-1])
+    return product.reshape(x.shape[0], height, width, kernel.shape[-1])
 
 
 def _pullback(function: Callable[..., jax.Array]) -> Callable[..., Any]:

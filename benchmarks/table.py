@@ -38,6 +38,9 @@ LIMITS: Mapping[tuple[str, str], str] = {
         "first score, warm, ResNet-50",
         "cpu",
     ): "of it 0.6 s make the random weights of the benchmark; to load saved ones takes 0.2 s",
+    ("serve, 2x overload", "cpu"): "a tie: latencies are counted in steps of 10 ms",
+    ("serve, 10x overload", "cpu"): "refusals, decoding, scoring and the load generator share two cores; not "
+    "profiled further",
     (
         "input pipeline, JPEGs of 500 px",
         "cpu",

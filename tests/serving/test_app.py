@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 import httpx2
 import numpy as np
 import pytest
+import tritonclient.http as triton
 from PIL import Image
 from services import start_service
 
@@ -142,7 +143,6 @@ def test_raw_bytes_multipart_and_json_are_scored_alike(service, http, pictures, 
 
 @pytest.mark.parametrize("is_binary", [True, False])
 def test_triton_client(service, pictures, expected, served_model, is_binary):
-    triton = pytest.importorskip("tritonclient.http")
     client = triton.InferenceServerClient(urlsplit(service.url).netloc)
     assert client.is_server_live()
     assert client.is_server_ready()

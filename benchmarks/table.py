@@ -38,9 +38,11 @@ LIMITS: Mapping[tuple[str, str], str] = {
         "first score, warm, ResNet-50",
         "cpu",
     ): "of it 0.6 s make the random weights of the benchmark; to load saved ones takes 0.2 s",
-    ("serve, 2x overload", "cpu"): "a tie: latencies are counted in steps of 10 ms",
-    ("serve, 10x overload", "cpu"): "refusals, decoding, scoring and the load generator share two cores; not "
-    "profiled further",
+    (
+        "serve, 10x overload",
+        "cpu",
+    ): "the bound counts on the peak's batch time; 600 refusals a second and the "
+    "load generator take their share of the two cores from what was accepted",
     (
         "input pipeline, JPEGs of 500 px",
         "cpu",
@@ -143,6 +145,23 @@ def withstands(results: Results, *, times: int) -> Outcome | None:
     return None
 
 
+def outserves(results: Results, *, ratio: float, image_size: int) -> Outcome | None:
+    """Our answers a second against LitServe's, at latencies that are no worse."""
+    rows = results.find(benchmark="serving", work="serve_single", image_size=image_size)
+    ours = _best(rows, lambda subject: subject == OURS)
+    theirs = _best(rows, lambda subject: subject != OURS)
+    outcome = _compare_rates(ours, theirs, ratio, 0.0)
+    if ours is None or theirs is None or outcome is None:
+        return None
+    mine, other = ours["p99_ms"]["median"], theirs["p99_ms"]["median"]
+    return Outcome(
+        f"{outcome.measured}, p99 {mine:.3g} ms",
+        f"{outcome.compared_with}, p99 {other:.3g} ms",
+        outcome.ratio,
+        outcome.reached and mine <= other,
+    )
+
+
 def within_compile_ratio(results: Results, *, times: float, **values: Any) -> Outcome | None:
     """What compiling a ResNet-152 takes of what a ResNet-50 takes, both from an empty cache."""
     seconds = {
@@ -185,7 +204,11 @@ def _compare_rates(
     mine, other = ours["images_per_second"]["median"], theirs["images_per_second"]["median"]
     name = theirs["subject"] if theirs["subject"] != ours["subject"] else theirs["work"]
     reached = mine >= ratio * other and mine >= least
-    return Outcome(f"{mine:.3g}/s", f"{other:.3g}/s, {name}", mine / other, reached)
+    return Outcome(f"{_short(mine)}/s", f"{_short(other)}/s, {name}", mine / other, reached)
+
+
+def _short(rate: float) -> str:
+    return f"{rate:,.0f}" if rate >= 100 else f"{rate:.3g}"
 
 
 def _goals() -> list[Goal]:
@@ -249,9 +272,10 @@ def _goals() -> list[Goal]:
         text = "≥ 90 % of the peak; accepted within the queue's time; refused within 50 ms"
         add(f"serve, {times}x overload", "cpu", text, withstands, times=times)
     for image_size, ratio in ((32, 1.5), (224, 1.0)):
-        how = {"benchmark": "serving", "work": "serve_single", "peer": "litserve", "image_size": image_size}
-        text = f"≥ {ratio:g}x LitServe"
-        add(f"serve, ResNet-18 at {image_size} px", "cpu", text, against_peers, ratio=ratio, **how)
+        text = f"≥ {ratio:g}x LitServe, p99 no worse"
+        add(
+            f"serve, ResNet-18 at {image_size} px", "cpu", text, outserves, ratio=ratio, image_size=image_size
+        )
     run = "41 photos, 15 epochs, ResNet-18"
     add(run, "cpu", "≤ 3x the bare steps", within_step_time, times=3.0)
     whole = {"benchmark": "short_run", "work": "short_run"}

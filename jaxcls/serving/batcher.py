@@ -17,7 +17,7 @@ import numpy as np
 
 LOGGER = logging.getLogger(__name__)
 SMOOTHING = 0.1
-"""Weight of the newest batch in the running mean of what a batch takes."""
+"""Weight of the newest measurement in a running mean."""
 NUM_FAILURES = 2
 """Images that the device may fail on before it counts as broken."""
 
@@ -44,7 +44,9 @@ class Batcher:
 
     Args:
         score: uint8 [B, H, W, 3] -> float32 [B, K], for every B in `seconds`; called from threads.
-        seconds: what a batch takes, by size; measured again with every batch.
+        seconds: what a batch takes, by size, on an idle machine. They decide on sizes; how much slower the
+            batches are in fact is one number for all sizes, since what is measured of each while it happens
+            to be used would keep a size that was unlucky once from ever being used again.
         num_classes: K.
         max_in_flight: batches given to the device at once.
         linger: seconds that images may wait for company while the device is busy with another batch.
@@ -69,6 +71,7 @@ class Batcher:
         self.num_waiting = 0
         self._score = score
         self._seconds = dict(sorted(seconds.items()))
+        self._slowdown = 1.0
         self._no_scores = np.full((1, num_classes), np.nan, np.float32)
         self._max_in_flight = max_in_flight
         self._linger = linger
@@ -85,8 +88,8 @@ class Batcher:
 
     @property
     def seconds_per_image(self) -> float:
-        """What an image takes in a full batch of the best size."""
-        return min(seconds / size for size, seconds in self._seconds.items())
+        """What an image takes at present in a full batch of the best size."""
+        return self._slowdown * min(seconds / size for size, seconds in self._seconds.items())
 
     async def score(self, images: np.ndarray, deadline: float) -> np.ndarray:
         """Score images of one request.
@@ -191,7 +194,7 @@ class Batcher:
         images = list(parts)
         loop = asyncio.get_running_loop()
         scores, seconds = await loop.run_in_executor(self._pool, self._score_padded, size, images)
-        self._seconds[size] += SMOOTHING * (seconds - self._seconds[size])
+        self._slowdown += SMOOTHING * (seconds / self._seconds[size] - self._slowdown)
         self._observe(size, len(scores), seconds)
         return scores
 

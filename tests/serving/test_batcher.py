@@ -104,6 +104,23 @@ def test_the_size_is_the_one_that_scores_most_images_a_second(num_waiting, secon
     asyncio.run(main())
 
 
+def test_a_batch_that_was_slow_once_does_not_banish_its_size():
+    async def main():
+        device = Device()
+        batcher = make_batcher(device, {1: 1e-3, 8: 2e-3})
+        device.go_on.clear()
+        slow = asyncio.create_task(batcher.score(make_images(8), soon()))
+        await until(lambda: device.sizes)
+        await asyncio.sleep(0.2)
+        device.go_on.set()
+        await slow
+        for _ in range(3):
+            await asyncio.gather(*(batcher.score(make_images(1), soon()) for _ in range(8)))
+        assert device.sizes == [8, *[1, 8] * 3]
+
+    asyncio.run(main())
+
+
 def test_a_request_larger_than_the_largest_batch_is_divided():
     async def main():
         device, images = Device(), make_images(19)

@@ -22,7 +22,7 @@ import jaxcls
 from jaxcls.data.images import MAX_PIXELS
 from jaxcls.errors import JaxclsError, UsageError
 from jaxcls.models.precision import PLATFORMS, Platform, Precision
-from jaxcls.serving.config import ServiceConfig
+from jaxcls.serving.config import READY_SECONDS, ServiceConfig
 from jaxcls.storage import Storage
 from jaxcls.train.config import FinetuneConfig
 
@@ -397,6 +397,7 @@ class Deploy(Command):
     """Serve a classifier on this machine under a name, in place of what is served under it: no request fails.
 
     The service outlives the terminal and keeps a copy of the classifier. Replicas that die are started again.
+    Without any bound for them, such as --max-queue, those that it was deployed with last stay.
     """
 
     uses_jax = False
@@ -405,18 +406,19 @@ class Deploy(Command):
     """Lower-case letters, digits and hyphens."""
     model: Annotated[Positional[Path | None], tyro.conf.arg(metavar="[CLASSIFIER]")] = None
     """A saved classifier; default: the one that was deployed last under this name."""
-    replicas: int = 1
-    """Processes that score, each with the whole classifier."""
+    replicas: int | None = None
+    """Processes that score, each with the whole classifier; default: as many as there are, or 1."""
     port: int | None = None
     """On 127.0.0.1; default: the one that the deployment has, or a free one."""
-    timeout_seconds: float = 600.0
+    timeout_seconds: float = READY_SECONDS
     """Give up, and keep what is served, if the new replicas are not all ready by then."""
     config: OmitArgPrefixes[ServiceConfig] = field(default_factory=ServiceConfig)
 
     def run(self) -> int:
         from jaxcls.serving.deployment import Deployment
 
-        deployment = Deployment(self.name, self.model, self.replicas, config=self.config)
+        config = None if self.config == ServiceConfig() else self.config
+        deployment = Deployment(self.name, self.model, self.replicas, config=config)
         deployment.deploy(port=self.port, timeout_seconds=self.timeout_seconds)
         return DONE
 

@@ -7,6 +7,8 @@ from jaxcls.errors import UsageError
 from jaxcls.models.precision import Precision
 
 BATCH_SIZES = (1, 2, 4, 8, 16)
+READY_SECONDS = 600.0
+"""In which all replicas of a deployment must be ready."""
 MAX_SHUTDOWN_SECONDS = 30
 """From SIGTERM to the end of the process, whatever is still under way."""
 

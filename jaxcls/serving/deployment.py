@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from jaxcls.errors import DeploymentError, UsageError
 from jaxcls.serving import local
 from jaxcls.serving.client import Client
-from jaxcls.serving.config import ServiceConfig
+from jaxcls.serving.config import READY_SECONDS, ServiceConfig
 from jaxcls.serving.registry import DeploymentStatus, Entry, list_entries
 from jaxcls.storage import Storage
 
@@ -27,9 +27,9 @@ class Deployment:
     Attributes:
         name: lower-case letters, digits and hyphens, at most 63.
         classifier: to deploy, or the path of a saved one; None: the one that the deployment has.
-        replicas: processes that score, each with the whole classifier.
+        replicas: processes that score, each with the whole classifier; None: as many as there are, or 1.
         target: where they run; "local": on this machine, reached from this machine only.
-        config: of each replica.
+        config: of each replica; None: as it is, or the default one.
 
     Raises:
         UsageError: a name that is not of that form, or an unknown target.
@@ -37,9 +37,9 @@ class Deployment:
 
     name: str
     classifier: "Classifier | str | Path | None" = None
-    replicas: int = 1
+    replicas: int | None = None
     target: Target = "local"
-    config: ServiceConfig = field(default_factory=ServiceConfig, kw_only=True)
+    config: ServiceConfig | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         if self.target not in get_args(Target):
@@ -54,7 +54,7 @@ class Deployment:
         """Whether something is deployed under this name, running or stopped."""
         return self._entry.exists()
 
-    def deploy(self, *, port: int | None = None, timeout_seconds: float = 600.0) -> None:
+    def deploy(self, *, port: int | None = None, timeout_seconds: float = READY_SECONDS) -> None:
         """Serve the classifier, and print the endpoint and where the key is.
 
         What is served under this name goes on until all new replicas are ready; no request fails. The service
@@ -77,7 +77,7 @@ class Deployment:
             num_replicas=self.replicas,
             port=port,
             timeout_seconds=timeout_seconds,
-            config=asdict(self.config),
+            config=None if self.config is None else asdict(self.config),
         )
         status = self.status()
         print(f"endpoint: {status.service_url}")

@@ -19,8 +19,8 @@ DRAIN_SECONDS = 35.0
 """A replica ends by itself within 30 s of SIGTERM; one that does not is killed."""
 FETCH_SECONDS = 2.0
 """For a replica's metrics; those of one that takes longer are left out."""
-WRONG_USAGE = 2
-"""The exit code of a replica that would not do better if it were started again."""
+FAILED, WRONG_USAGE = 1, 2
+"""Exit codes of a replica; the second says that it would not do better if it were started again."""
 
 Command = Callable[[int, int], Sequence[str]]
 """Command line of a replica, from the file descriptors of its own listening socket and its status pipe."""
@@ -110,14 +110,22 @@ class Keeper:
         """Run one process and return its exit code; when cancelled, let it finish its work first."""
         reading, writing = os.pipe()
         admin = self._admin.fileno()
-        process = await asyncio.create_subprocess_exec(
-            *self._command(admin, writing),
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.STDOUT,
-            pass_fds=(*self._fds, admin, writing),
-        )
-        os.close(writing)
+        try:
+            process = await asyncio.create_subprocess_exec(
+                *self._command(admin, writing),
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=asyncio.subprocess.PIPE,
+                stderr=asyncio.subprocess.STDOUT,
+                pass_fds=(*self._fds, admin, writing),
+            )
+        except BaseException as error:
+            os.close(reading)
+            if not isinstance(error, OSError):
+                raise
+            self._log.error("cannot be started: %s", error)
+            return FAILED
+        finally:
+            os.close(writing)
         self._pid = process.pid
         self._on_change()
         followed = asyncio.gather(self._follow_output(process), self._follow_status(reading))

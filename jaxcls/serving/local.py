@@ -32,20 +32,20 @@ def deploy(
     entry: Entry,
     classifier: "Classifier | str | Path | None",
     *,
-    num_replicas: int,
+    num_replicas: int | None,
     port: int | None,
     timeout_seconds: float,
-    config: Mapping[str, Any],
+    config: Mapping[str, Any] | None,
 ) -> None:
     """Serve a classifier; where another version is served, in its place without a failed request.
 
     Args:
         entry: the deployment, there or not.
         classifier: or the path of a saved one; a copy of it is kept. None: the one that was deployed last.
-        num_replicas: processes that score.
+        num_replicas: processes that score; None: as many as were deployed last, or 1.
         port: of the service; None: the one it has, or a free one.
         timeout_seconds: in which all replicas must be ready.
-        config: of each, as `ServiceConfig` takes it.
+        config: of each, as `ServiceConfig` takes it; None: the one that was deployed last, or the default.
 
     Raises:
         ClassifierError: the saved classifier is missing or damaged.
@@ -54,12 +54,17 @@ def deploy(
         UsageError: a value that cannot work, or a port that cannot be had.
     """
     _require_extra()
-    if num_replicas < 1 or not timeout_seconds > 0:
+    if (num_replicas is not None and num_replicas < 1) or not timeout_seconds > 0:
         raise UsageError(f"{num_replicas} replicas, {timeout_seconds:g} s: both must be more than 0")
     with entry.changing():
+        previous = entry.read_spec() if entry.exists() or classifier is None else None
         if classifier is None:
-            classifier = entry.classifier(entry.read_spec().version)
-        previous = entry.read_spec() if entry.exists() else None
+            assert previous is not None  # or it would have been refused
+            classifier = entry.classifier(previous.version)
+        if num_replicas is None:
+            num_replicas = 1 if previous is None else previous.num_replicas
+        if config is None:
+            config = {} if previous is None else previous.config
         if previous is None:
             _remove(entry)  # what a deletion that was interrupted left
         was_running = entry.is_running()

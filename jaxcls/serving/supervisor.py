@@ -33,7 +33,7 @@ from starlette.routing import Route
 from jaxcls.errors import DeploymentError
 from jaxcls.serving.auth import Keys
 from jaxcls.serving.keeper import Keeper
-from jaxcls.serving.registry import PROCESSES_LOCK, SUPERVISOR_LOCK, Entry, Report, Spec
+from jaxcls.serving.registry import PROCESSES_LOCK, SUPERVISOR_LOCK, Entry, ReplicaReport, Report, Spec
 from jaxcls.storage import HOME_VARIABLE
 
 LOGGER = logging.getLogger("supervisor")
@@ -108,10 +108,14 @@ class Supervisor:
     async def _roll(self, spec: Spec) -> None:
         if spec.version != self._report.version:
             await self._start(spec)
-        for replica in [replica for replica in self._replicas if replica.version != self._report.version]:
+        for replica in [replica for replica in self._replicas if not self._is_wanted(replica.report)]:
             await replica.end()
             self._replicas.remove(replica)
             self._write_report()
+
+    def _is_wanted(self, replica: ReplicaReport) -> bool:
+        """A roll that was interrupted may leave some that end, of the version that is wanted again."""
+        return replica.version == self._report.version and replica.state != "ending"
 
     async def _start(self, spec: Spec) -> None:
         """Start a version beside the one that is served, and report whether it became ready."""

@@ -305,9 +305,11 @@ def test_without_its_supervisor_a_deployment_is_stopped_and_can_be_deployed_agai
     assert [s.state for s in list_deployments() if s.name == deployment.name] == ["stopped"]
     with pytest.raises(DeploymentError, match="is stopped"):
         deployment.score_image(IMAGE)
-    assert main(["deploy", deployment.name, "--batch-sizes", "1"]) == 0  # with the copy that it has
+    bounds = deployment._entry.read_spec().config
+    assert main(["deploy", deployment.name]) == 0  # with the copy, the replicas and the bounds that it has
     status = deployment.status()
-    assert (status.state, status.version, status.num_ready) == ("ready", 2, 1)
+    assert (status.state, status.version, status.num_ready) == ("ready", 2, 2)
+    assert deployment._entry.read_spec().config == bounds != {}
     assert (status.service_url, status.key_file.read_text()) == (url, key)
     assert all(map(is_gone, replicas))
     assert parse_result(deployment.score_image(IMAGE))[0] == 1
@@ -377,6 +379,19 @@ def test_a_version_that_is_not_ready_in_time_leaves_the_old_one(deployment, clas
 
 
 @pytest.mark.slow
+def test_a_new_version_interrupted_when_the_old_one_is_going_leaves_the_old_one(deployment, classifiers):
+    before = pids(deployment)
+    command = [sys.executable, "-m", "jaxcls.cli", "deploy", deployment.name, str(classifiers[1])]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        wait_until(lambda: len(pids(deployment) & before) < 2)
+        process.send_signal(signal.SIGINT)
+        assert process.communicate(timeout=SECONDS) == (None, "jaxcls: interrupted\n")
+    wait_until(lambda: {(r.version, r.state) for r in deployment.status().replicas} == {(1, "ready")})
+    assert len(deployment.status().replicas) == 2
+    assert parse_result(deployment.score_image(IMAGE))[0] == 1
+
+
+@pytest.mark.slow
 def test_the_port_of_what_runs_cannot_change(deployment, classifiers):
     with pytest.raises(UsageError, match="delete it first"):
         Deployment(deployment.name, classifiers[1], config=QUICK).deploy(port=1)
@@ -409,7 +424,7 @@ def test_an_interrupted_new_version_leaves_the_old_one(deployment, classifiers):
     before = pids(deployment)
     command = [sys.executable, "-m", "jaxcls.cli", "deploy", deployment.name, str(classifiers[1])]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
-        wait_until(lambda: len(pids(deployment)) == 3)
+        wait_until(lambda: len(pids(deployment) - {None}) == 4)
         process.send_signal(signal.SIGINT)
         assert process.communicate(timeout=SECONDS) == (None, "jaxcls: interrupted\n")
     wait_until(lambda: pids(deployment) == before)

@@ -4,6 +4,7 @@ import asyncio
 import logging
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -14,12 +15,12 @@ from jaxcls.serving.keeper import Keeper
 READY = "import os, sys, time, signal; os.write(int(sys.argv[2]), b'ready\\n'); "
 
 
-def keep(code, check):
+def keep(code, check, executable=sys.executable):
     """Run `check` on a keeper of processes that run `code`, with the fds of its socket and its pipe."""
 
     async def run():
         def command(admin, status):
-            return [sys.executable, "-c", code, str(admin), str(status)]
+            return [executable, "-c", code, str(admin), str(status)]
 
         changes = []
         keeper = Keeper(7, 1, command, (), lambda: changes.append(None))
@@ -30,6 +31,10 @@ def keep(code, check):
         assert keeper.report.pid is None
 
     asyncio.run(run())
+
+
+def num_open_files():
+    return len(list(Path("/proc/self/fd").iterdir()))
 
 
 async def until(condition):
@@ -52,6 +57,27 @@ def test_one_that_dies_is_started_again():
         await until(lambda: keeper.report.num_restarts == 3)
 
     keep(READY + "sys.exit(1)", check)
+
+
+def test_one_that_cannot_be_started_is_tried_again(monkeypatch, caplog):
+    monkeypatch.setattr(keeper_module, "FIRST_PAUSE_SECONDS", 0.01)
+
+    async def check(keeper):
+        await until(lambda: keeper.report.num_restarts == 3)
+
+    before = num_open_files()
+    keep("", check, "/nowhere/python")
+    assert "No such file" in caplog.text
+    assert num_open_files() == before
+
+
+def test_ended_while_it_starts_it_leaves_nothing():
+    async def check(keeper):
+        await asyncio.sleep(0)
+
+    before = num_open_files()
+    keep("import time; time.sleep(60)", check)
+    assert num_open_files() == before
 
 
 def test_pauses_double_while_it_does_not_become_ready(monkeypatch, caplog):

@@ -73,13 +73,13 @@ def listen(host: str, port: int, *, is_private: bool) -> socket.socket:
     """
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+            host, None, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
         if is_private and not ipaddress.ip_address(address[0]).is_loopback:
             raise UsageError(f"{host} can be reached from other machines: give a --key-file, or 127.0.0.1")
         listener = socket.socket(family, kind, protocol)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
+        listener.bind((address[0], port, *address[2:]))  # getaddrinfo would count ports in 16 bits
     except (OSError, OverflowError) as error:
         raise UsageError(f"cannot listen on {host} port {port}: {error}") from error
     return listener

@@ -180,7 +180,8 @@ def probe(user: Traffic) -> str | None:
     found = outcome(response, getattr(response, "error", None))
     if found == OK or found in BUSY:
         return None
-    return f"{found} {(response.text or '')[:200]}".rstrip()
+    problem = f"{found} {(response.text or '')[:200]}".rstrip()
+    return f"{problem} to {user.load.images[0]}" if found == "400" else problem
 
 
 def main() -> None:

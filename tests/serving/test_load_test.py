@@ -212,6 +212,12 @@ def test_key_is_wrong(scripted, folder, capsys):
         fails(capsys, 1, command(service, folder, "--users", 1), f"{service.url}: 401 {{}}")
 
 
+def test_an_image_that_the_service_refuses_is_named(scripted, folder, capsys):
+    with scripted([400, 0]) as service:
+        first = choose_images(folder)[0]
+        fails(capsys, 1, command(service, folder, "--users", 1), f"{service.url}: 400 {{}} to {first}")
+
+
 @pytest.mark.parametrize(
     "url", ["127.0.0.1:8000", "ftp://host", "http://", "http://host:port", "http://a:b@c"]
 )

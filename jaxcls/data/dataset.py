@@ -228,9 +228,9 @@ class Dataset:
         """Divide into a training and a test set, the same on every platform.
 
         The sides depend on the seed and the ids, not on the order of reading; adding photos later
-        moves few of the others across. Sizes are exact (rounded down for the training set) unless
-        groups stand in the way: then classes are filled one after the other, those with the fewest
-        ungrouped photos first, each as near to its share as whole groups come.
+        moves few of the others across. Sizes are exact (rounded down for the training set) whenever whole
+        groups allow it, and otherwise the nearest that they do. Of every class the training set holds its
+        share, or as near as whole groups come, the classes with most ungrouped photos making up for others.
 
         Args:
             train_size: a fraction in (0, 1), or the number of training photos.

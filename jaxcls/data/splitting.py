@@ -4,7 +4,10 @@ A unit is an array of positions that stay together: a group, or a single photo.
 """
 
 import hashlib
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from functools import reduce
+from operator import or_
 
 import numpy as np
 
@@ -43,12 +46,11 @@ def choose_training(strata: Strata, target: int) -> np.ndarray:
         DatasetError: a stratum of one unit, or a target that leaves a stratum without a side.
     """
     quotas = _quotas(strata, target)
-    chosen, missing = [], 0
-    # The flexible ones last: single photos make up for groups that did not fit.
-    for name in sorted(strata, key=lambda name: (sum(len(unit) == 1 for unit in strata[name]), name)):
-        positions, missing = _take(strata[name], quotas[name] + missing)
-        chosen.append(positions)
-    return np.concatenate(chosen)
+    # The flexible ones first, as they are decided last: single photos make up for groups that did not fit.
+    names = sorted(strata, key=lambda name: (sum(len(unit) == 1 for unit in strata[name]), name))[::-1]
+    possible = [_possible_counts(strata[name]) for name in names]
+    counts = _choose_counts(possible, [quotas[name] for name in names], target)
+    return np.concatenate([_take(strata[name], count) for name, count in zip(names, counts, strict=True)])
 
 
 def _rank(seed: int, identifier: str) -> bytes:
@@ -78,26 +80,79 @@ def _quotas(strata: Strata, target: int) -> dict[str, int]:
     return dict(zip(strata, map(int, quotas), strict=True))
 
 
-def _take(units: Sequence[Unit], quota: int) -> tuple[np.ndarray, int]:
-    """Some of the units, never all, of `quota` photos or as near as can be; and how many are missing."""
-    chosen, room = [], min(max(quota, 1), sum(map(len, units)) - 1)
+# A set of numbers is an integer here: bit n says whether n belongs to it.
+
+
+def _subset_sums(units: Sequence[Unit]) -> tuple[list[tuple[int, int]], list[int]]:
+    """All numbers of photos that some of the units hold.
+
+    Returns:
+        Parcels (size of a unit, number of such units): 1, 2, 4, ... units of each size and the rest, so that
+        they are few; and the sets of sums of the first 0, 1, ... parcels.
+    """
+    parcels, sums = [], [1]
+    for size, left in sorted(Counter(map(len, units)).items()):
+        number = 1
+        while left:
+            number = min(number, left)
+            parcels.append((size, number))
+            sums.append(sums[-1] | sums[-1] << size * number)
+            left, number = left - number, 2 * number
+    return parcels, sums
+
+
+def _possible_counts(units: Sequence[Unit]) -> int:
+    """The set of numbers of photos of some of the units, but not of none and not of all."""
+    _, sums = _subset_sums(units)
+    return sums[-1] & ~1 & ~(1 << sum(map(len, units)))
+
+
+def _choose_counts(possible: Sequence[int], quotas: Sequence[int], target: int) -> list[int]:
+    """A possible count for each stratum, their sum as near to `target` as can be.
+
+    From the last stratum to the first, each is as near to its quota as those before it allow.
+    """
+    if all(counts >> quota & 1 for counts, quota in zip(possible, quotas, strict=True)):
+        return list(quotas)
+    totals = [1]
+    for counts in possible:
+        totals.append(reduce(or_, (totals[-1] << count for count in _members(counts))))
+    left, chosen = _nearest(_members(totals[-1]), target), []
+    for counts, before, quota in zip(possible[::-1], totals[-2::-1], quotas[::-1], strict=True):
+        fitting = [count for count in _members(counts) if count <= left and before >> left - count & 1]
+        chosen.append(_nearest(fitting, quota))
+        left -= chosen[-1]
+    return chosen[::-1]
+
+
+def _members(numbers: int) -> list[int]:
+    return [n for n, bit in enumerate(reversed(f"{numbers:b}")) if bit == "1"]
+
+
+def _nearest(numbers: Sequence[int], wanted: int) -> int:
+    return min(numbers, key=lambda number: abs(number - wanted))
+
+
+def _take(units: Sequence[Unit], count: int) -> np.ndarray:
+    """Positions of units that hold `count` photos: the first ones that fit or, if they hold less, others."""
+    chosen, room = [], count
     for unit in units:
         if len(unit) <= room:
             chosen.append(unit)
             room -= len(unit)
-    positions = np.concatenate(_nearest_sum(units, quota) if room else chosen)
-    return positions, quota - len(positions)
+    return np.concatenate(_with_sum(units, count) if room else chosen)
 
 
-def _nearest_sum(units: Sequence[Unit], quota: int) -> list[Unit]:
-    """The units, not none and not all, whose sizes add up to the sum nearest to `quota` (subset sum)."""
-    reached = [1]  # Bit s of number n: some of the first n units hold s photos.
+def _with_sum(units: Sequence[Unit], count: int) -> list[Unit]:
+    parcels, sums = _subset_sums(units)
+    wanted = Counter[int]()
+    for (size, number), before in zip(parcels[::-1], sums[-2::-1], strict=True):
+        if not before >> count & 1:
+            wanted[size] += number
+            count -= size * number
+    chosen = []
     for unit in units:
-        reached.append(reached[-1] | reached[-1] << len(unit))
-    sums = [total for total in range(1, sum(map(len, units))) if reached[-1] >> total & 1]
-    total, chosen = min(sums, key=lambda total: abs(total - quota)), []
-    for unit, reached_before in zip(units[::-1], reached[-2::-1], strict=True):
-        if not reached_before >> total & 1:
+        if wanted[len(unit)]:
             chosen.append(unit)
-            total -= len(unit)
+            wanted[len(unit)] -= 1
     return chosen

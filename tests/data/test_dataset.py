@@ -2,6 +2,7 @@
 
 import io
 import os
+import time
 from collections import Counter
 from itertools import combinations, product
 from pathlib import Path
@@ -566,3 +567,40 @@ def test_class_weights_that_cannot_work_are_refused(rule):
         rule = {dataset.classes[name] if name == 0 else name: weight for name, weight in rule.items()}
     with pytest.raises(UsageError, match="class_weight"):
         dataset.class_weights(rule)
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_stratified_sizes_are_as_near_as_brute_force_over_all_classes_finds(seed):
+    """Few groups of several photos and no single ones: what one class lacks, another often cannot make up."""
+    generator = np.random.default_rng(seed)
+    sizes = [generator.integers(2, 6, generator.integers(2, 5)) for _ in range(3)]
+    counts = [int(part.sum()) for part in sizes]
+    groups = np.repeat(np.arange(sum(map(len, sizes))), np.concatenate(sizes))
+    target = int(generator.integers(3, len(groups) - 2))
+    train, test = sized(*counts, groups=groups).split(target, seed=seed)
+    possible = [{sum(part) for n in range(1, len(s)) for part in combinations(s.tolist(), n)} for s in sizes]
+    totals = {sum(parts) for parts in product(*possible)}
+    assert abs(len(train) - target) == min(abs(total - target) for total in totals)
+    assert whole(groups, train)
+    assert (train.class_counts() > 0).all()
+    assert (test.class_counts() > 0).all()
+
+
+def test_classes_without_single_photos_keep_their_shares_where_the_size_allows():
+    """Pairs alone, of 10 and 30 photos: a half, 5 and 15, cannot be had, but 20 photos can."""
+    dataset = sized(10, 30, groups=[i // 2 for i in range(40)])
+    assert dataset.split(20)[0].class_counts().tolist() in ([4, 16], [6, 14])
+    assert len(dataset.split(21)[0]) in (20, 22)
+
+
+def test_a_hundred_thousand_photos_in_groups_are_split_in_a_moment():
+    """Nearly all in pairs and threes: the sums of 40,000 groups, in little time and memory."""
+    labels = np.repeat([0, 1], 50_000)
+    groups = np.arange(100_000) // np.repeat([2, 3], 50_000) + np.repeat([0, 50_000], 50_000)
+    ids = [str(i) for i in range(100_000)]
+    dataset = make_dataset(ids, labels, groups=groups, items=[photo()] * 100_000)
+    started = time.perf_counter()
+    train, _ = dataset.split(66_001)
+    assert time.perf_counter() - started < 10
+    assert len(train) == 66_001
+    assert whole(groups, train)

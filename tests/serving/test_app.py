@@ -4,6 +4,7 @@ import asyncio
 import base64
 import gzip
 import json
+import re
 import signal
 import socket
 import subprocess
@@ -11,7 +12,8 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from urllib.parse import urlsplit
 
 import httpx2
@@ -323,6 +325,35 @@ def test_clients_that_go_free_their_places(service, pictures):
             connection.sendall(request % len(body) + body[: None if number % 2 else 100])
     until_idle(service)
     assert httpx2.post(f"{service.url}/v1/predict", content=body, headers=JPEG).status_code == 200
+
+
+@contextmanager
+def growing_by_less_than(num_bytes, service):
+    """Require so of the service's peak memory while the block runs."""
+    folder = Path(f"/proc/{service.process.pid}")
+
+    def peak():
+        return 1024 * int(re.search(r"VmHWM:\s*(\d+) kB", (folder / "status").read_text())[1])
+
+    (folder / "clear_refs").write_text("5")  # the peak starts anew
+    before = peak()
+    yield
+    assert peak() - before < num_bytes
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak of memory is read from /proc")
+@pytest.mark.parametrize("is_chunked", [False, True])
+def test_a_body_of_100_mb_is_refused_and_not_kept(service, is_chunked):
+    part, num_parts = bytes(10**6), 100
+    framing = b"transfer-encoding: chunked" if is_chunked else b"content-length: %d" % (len(part) * num_parts)
+    chunk = b"%x\r\n%s\r\n" % (len(part), part) if is_chunked else part
+    with growing_by_less_than(50 * 10**6, service), raw_connection(service) as connection:
+        connection.sendall(b"POST /score HTTP/1.1\r\nhost: x\r\n" + framing + b"\r\n\r\n")
+        with suppress(ConnectionError):  # it may close before all is sent
+            for _ in range(num_parts):
+                connection.sendall(chunk)
+        assert read_answer(connection) == 413
+    until_idle(service)
 
 
 def test_a_body_that_does_not_come(service):

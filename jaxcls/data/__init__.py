@@ -3,4 +3,14 @@
 from etils import epy
 
 with epy.lazy_api_imports(globals()):
-    from jaxcls.data import dataset, download, folder, images, source, splitting
+    from jaxcls.data import (
+        alignment,
+        dataset,
+        download,
+        duplicates,
+        folder,
+        hashing,
+        images,
+        source,
+        splitting,
+    )

@@ -15,10 +15,12 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, TextIO
 
+import numpy as np
 import tyro
 from tyro.conf import OmitArgPrefixes, Positional
 
 import jaxcls
+from jaxcls.data.duplicates import describe_leakage, find_duplicates, find_leakage
 from jaxcls.data.images import MAX_PIXELS
 from jaxcls.errors import JaxclsError, UsageError
 from jaxcls.models.precision import PLATFORMS, Platform, Precision
@@ -98,6 +100,8 @@ class SplitOptions:
     """Share of the photos to train on; 1: all of them, without a test; above 1: their number."""
     split_seed: int = 0
     """Another seed, another held-out part."""
+    group_duplicates: bool = True
+    """Look for photos that show the same, and hold out all or none of them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,7 +152,19 @@ class TrainingCommand(PhotoCommand):
         size = self.split.train_size
         if size == 1:
             return photos, None
-        return photos.split(int(size) if size > 1 else size, seed=self.split.split_seed)
+        size, seed = int(size) if size > 1 else size, self.split.split_seed
+        if not self.split.group_duplicates:
+            return photos.split(size, seed=seed)
+        duplicates = find_duplicates(photos)
+        if duplicates.num_exact or duplicates.num_near:
+            print(duplicates.summary().partition("\n")[0], file=sys.stderr)
+        train, test = replace(photos, groups=duplicates.groups).split(size, seed=seed)
+        # There are some only where photos form a chain, each like the next, and no group holds all of it.
+        twins = duplicates.twins(np.isin(photos.ids, test.ids))
+        if twins:
+            names = {photos.ids[photo]: photos.ids[twin] for photo, twin in twins.items()}
+            print(describe_leakage(names, len(test)), file=sys.stderr)
+        return train, test
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,6 +187,10 @@ class Info(PhotoCommand):
 
     path: Positional[Path | None] = None
     """A folder of photos, or a saved classifier."""
+    duplicates: bool = False
+    """List the photos that show the same."""
+    test_data: Path | None = None
+    """A folder of test photos: list those that show the same as a photo of the first folder."""
 
     def run(self) -> int:
         if self.path is None:
@@ -182,6 +202,11 @@ class Info(PhotoCommand):
             print(dataset.summary())
             jaxcls.scan(dataset)
             print("every image can be decoded")
+            if self.duplicates:
+                print(find_duplicates(dataset).summary())
+            if self.test_data is not None:
+                test = self.read(self.test_data, dataset.classes)
+                print(describe_leakage(find_leakage(dataset, test), len(test)))
         return DONE
 
 

@@ -5,6 +5,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 from jaxcls.classifier import create_model
-from jaxcls.cli import main
+from jaxcls.cli import SplitOptions, TrainingCommand, main
 from jaxcls.models.port import from_variables
 
 SMALL = ("--image-size", "32")
@@ -71,6 +72,49 @@ def test_info_on_a_folder(folder, capsys):
     assert "photos: 12 images, 2 classes" in out
     assert "class folders without images: 1 (green)" in out
     assert "every image can be decoded" in out
+
+
+def test_info_on_duplicates_and_on_a_test_folder(folder, tmp_path, capsys):
+    shutil.copy(folder / "red" / "0.png", folder / "red" / "copy.png")
+    test = write_photos(tmp_path / "test", {"red": 2}, seed=1)
+    shutil.copy(folder / "blue" / "3.png", test / "red")
+    assert main(["info", str(folder), "--duplicates", "--test-data", str(test)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "photos: groups of images that show the same: 1 (1 exact and 0 near copies)" in lines
+    assert "  red/0.png, red/copy.png (exact)" in lines
+    assert lines[-1].startswith("warning: 1 of 3 test images show the same as a training image")
+    assert lines[-1].endswith("red/3.png (as blue/3.png)")
+
+
+def test_duplicates_are_held_out_together(tmp_path, capsys):
+    """12 different photos, each twice: of 24, exactly 14 are trained on."""
+    folder = write_photos(tmp_path / "photos", {"blue": 6, "red": 6})
+    for photo in list(folder.rglob("*.png")):
+        shutil.copy(photo, photo.with_stem(f"{photo.stem}-again"))
+    for seed in range(3):
+        options = SplitOptions(train_size=14, split_seed=seed)
+        train, test = TrainingCommand(data=folder, split=options).divide()
+        originals = [{photo.replace("-again", "") for photo in part.ids} for part in (train, test)]
+        assert (len(train), len(test)) == (14, 10)
+        assert not set.intersection(*originals)
+        message = "photos: groups of images that show the same: 12 (12 exact and 0 near copies)\n"
+        assert capsys.readouterr().err == message
+    train, test = TrainingCommand(data=folder, split=replace(options, group_duplicates=False)).divide()
+    assert train.groups is test.groups is None
+
+
+def test_a_chain_that_is_split_is_warned_of(tmp_path, capsys):
+    """Views of a window that moves over a wide picture: each shows nearly what the next shows."""
+    pixels = np.random.default_rng(0).integers(0, 256, (12, 40, 3), np.uint8)
+    wide = Image.fromarray(pixels).resize((800, 240), Image.Resampling.BICUBIC)
+    for name in ("blue", "red"):
+        (tmp_path / name).mkdir()
+    for number in range(80):
+        view = wide.crop((6 * number, 0, 6 * number + 320, 240))
+        view.save(tmp_path / ("blue", "red")[number >= 40] / f"{number}.png")
+    train, test = TrainingCommand(data=tmp_path, split=SplitOptions(train_size=0.5)).divide()
+    assert (len(train), len(test)) == (40, 40)
+    assert "of 40 test images show the same as a training image" in capsys.readouterr().err
 
 
 def test_info_on_the_installation(capsys, tmp_path):

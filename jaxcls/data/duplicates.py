@@ -99,8 +99,8 @@ class Duplicates:
         """The numbers of copies, and the groups with two photos or more."""
         groups = [group for group in self.members if len(group) > 1]
         lines = [
-            f"{self.dataset.name}: {len(groups)} groups of images that show the same: "
-            f"{self.num_exact} exact and {self.num_near} near copies"
+            f"{self.dataset.name}: groups of images that show the same: {len(groups)} "
+            f"({self.num_exact} exact and {self.num_near} near copies)"
         ]
         lines += [f"  {self._describe(group)}" for group in groups[:NUM_SHOWN]]
         if len(groups) > NUM_SHOWN:

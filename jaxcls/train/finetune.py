@@ -16,6 +16,7 @@ import numpy as np
 
 from jaxcls.classifier import Classifier, Head, as_backbone
 from jaxcls.data.dataset import UNLABELLED, Dataset, scan
+from jaxcls.data.duplicates import describe_leakage, find_leakage
 from jaxcls.errors import ClassifierError, DatasetError, TrainingError, UsageError
 from jaxcls.models.precision import compute_dtype
 from jaxcls.models.pretrained import Backbone
@@ -113,7 +114,8 @@ def finetune(
         backbone: where to start, unchanged; of a classifier, its backbone.
         config: default: AMLPCV's recipe.
         eval_dataset: evaluated after every epoch; never trained on. The last epoch is kept, not the best:
-            choosing by this set would leave none to measure with.
+            choosing by this set would leave none to measure with. Unless both datasets have groups, the
+            first message warns of its photos that show the same as a training photo.
         run_dir: an empty or new folder for `config.json`, `test_ids.txt` (of `eval_dataset`),
             `metrics.jsonl`, TensorBoard events, `accuracy.png`, `checkpoints/` and `classifier/`. Ctrl-C
             leaves all of them as of the last whole epoch; without a folder it leaves nothing.
@@ -184,7 +186,7 @@ class _Run:
             )
 
     def _read_photos(self, dataset: Dataset, eval_dataset: Dataset | None) -> None:
-        """Find undecodable photos, and decode those that are to be resident."""
+        """Find undecodable photos and leaked ones, and decode those that are to be resident."""
         config = self.config
         self.dataset, self.photos, self.pipeline_note = choose_pipeline(
             config.pipeline,
@@ -202,6 +204,7 @@ class _Run:
         if is_looped_in_vain or self.dataset is not dataset:
             self._prepare()
         self.eval_dataset = self.eval_views = None
+        self.leakage: dict[str, str] = {}
         if eval_dataset is not None:
             matched = eval_dataset.with_classes(dataset.classes)
             self.eval_dataset = scan(matched, max_bad_fraction=config.max_bad_fraction)
@@ -209,6 +212,9 @@ class _Run:
                 raise DatasetError(
                     f"evaluation dataset {eval_dataset.name} needs images, all of them labelled"
                 )
+            has_groups = self.dataset.groups is not None and self.eval_dataset.groups is not None
+            if is_first_process() and not has_groups:
+                self.leakage = find_leakage(self.dataset, self.eval_dataset)
             self.eval_views = EvaluationViews(
                 self.eval_dataset,
                 self.backbone.preprocess,
@@ -618,6 +624,8 @@ class _Run:
             lines.append(
                 f"The training set is smaller than a batch of {config.batch_size}: images repeat within it"
             )
+        if self.leakage and self.eval_dataset is not None:
+            lines.append(describe_leakage(self.leakage, len(self.eval_dataset)))
         lines += [self.pipeline_note, *self.dataset.notes, *self.notes]
         return "\n".join(lines)
 

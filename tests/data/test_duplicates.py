@@ -161,7 +161,7 @@ def test_hardly_any_photos(number):
     found = find_duplicates(from_items([np.asarray(draw(0))][:number]), features=np.zeros((number, 4)))
     assert found.groups.tolist() == list(range(number))
     assert (found.num_exact, found.num_near, found.members) == (0, 0, [np.arange(1)][:number])
-    assert found.summary() == "images: 0 groups of images that show the same: 0 exact and 0 near copies"
+    assert found.summary() == "images: groups of images that show the same: 0 (0 exact and 0 near copies)"
 
 
 def test_parallel_features_decide_where_pixels_leave_doubt():
@@ -224,7 +224,7 @@ def test_the_summary_tells_exact_copies_and_doubtful_labels(pairs):
     some = pairs.select([0, 1, 2, 2, 4])
     some = replace(some, labels=[0, 1, 0, 0, 0], ids=["a/0", "b/0", "a/1", "a/2", "a/3"])
     assert find_duplicates(some).summary() == (
-        "pairs: 2 groups of images that show the same: 1 exact and 1 near copies\n"
+        "pairs: groups of images that show the same: 2 (1 exact and 1 near copies)\n"
         "  a/0, b/0 (of different classes)\n"
         "  a/1, a/2 (exact)"
     )

@@ -135,6 +135,16 @@ def test_the_run_is_described_first(run):
     assert "smaller than a batch" not in text
 
 
+def test_evaluation_photos_that_are_trained_on_are_warned_of(photos, backbone):
+    """Unless both sets have groups: then `split` has kept those on one side that show the same."""
+    warning = "warning: 2 of 2 test images show the same as a training image"
+    for groups, is_warned in ((None, True), (np.arange(16), False)):
+        grouped, recorder = replace(photos, groups=groups), StopAt(0)
+        with pytest.raises(KeyboardInterrupt):
+            finetune(grouped, backbone, CONFIG, eval_dataset=grouped.select([3, 12]), reporters=[recorder])
+        assert (warning in recorder.messages[0]) == is_warned
+
+
 def test_evaluation_counts_every_photo_once_and_matches_classes_by_name(run, one_epoch, eval_photos):
     result, _ = run
     predictions = predict(result.classifier, eval_photos)

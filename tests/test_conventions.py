@@ -23,7 +23,7 @@ data.hashing data.alignment data.duplicates
 preprocess
 augment.host augment.views augment.ops
 pipeline resident
-evaluation.metrics evaluation.plots
+evaluation.metrics evaluation.plots evaluation.neighbours evaluation.label_errors
 models.precision models.architecture models.convolution models.normalization models.resnet
 models.port models.pretrained models.hub models.fold
 manifest program

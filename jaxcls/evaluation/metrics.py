@@ -227,7 +227,7 @@ def _class_table(evaluation: Evaluation) -> str:
         _note(evaluation, absent, "no answered image: recall undefined, left out of the macro accuracy"),
         _note(evaluation, unpredicted, "never predicted: precision undefined"),
     ]
-    return "\n".join([title, _table([header, *rows]), *filter(None, notes)])
+    return "\n".join([title, format_table([header, *rows]), *filter(None, notes)])
 
 
 def _note(evaluation: Evaluation, mask: NDArray[np.bool_], meaning: str) -> str:
@@ -243,7 +243,7 @@ def _confusion_table(evaluation: Evaluation) -> str:
     if len(classes) <= MAX_LISTED:
         header = ["", *(shorten(name, 10) for name in classes)]
         rows = [[shorten(name, 20), *map(str, row)] for name, row in zip(classes, confusion, strict=True)]
-        return "Confusion matrix (rows: truth, columns: prediction)\n" + _table([header, *rows])
+        return "Confusion matrix (rows: truth, columns: prediction)\n" + format_table([header, *rows])
     mistakes = confusion - np.diag(np.diagonal(confusion))
     worst = np.argsort(-mistakes, axis=None, kind="stable")[:MAX_LISTED]
     pairs = [divmod(int(i), len(classes)) for i in worst if mistakes.flat[i]]
@@ -251,10 +251,10 @@ def _confusion_table(evaluation: Evaluation) -> str:
         return "No class was taken for another."
     names = [shorten(name, 32) for name in classes]
     rows = [[f"{names[row]} -> {names[column]}", str(mistakes[row, column])] for row, column in pairs]
-    return "Most confused\n" + _table([["truth -> prediction", "images"], *rows])
+    return "Most confused\n" + format_table([["truth -> prediction", "images"], *rows])
 
 
-def _table(rows: list[list[str]]) -> str:
+def format_table(rows: list[list[str]]) -> str:
     """Columns two spaces apart: the first flush left, the others flush right."""
     widths = [max(map(_columns, column)) for column in zip(*rows, strict=True)]
     lines = []

@@ -44,6 +44,17 @@ def test_the_augmentation_example_runs():
     assert (names["augmented"].shape, names["augmented"].dtype) == ((2, 8, 10, 3), np.uint8)
 
 
+def test_the_duplicates_example_runs(tmp_path, capsys):
+    photos = jaxcls.read_folder(write_photos(tmp_path / "photos", {"blue": 6, "red": 6}))
+    (code,) = (
+        block for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "find_dup" in block
+    )
+    names: dict = {"photos": photos.merge(jaxcls.read_folder(tmp_path / "photos", name="again"))}
+    exec(code, names)
+    assert "12 (12 exact and 0 near copies)" in capsys.readouterr().out
+    assert len(names["train"]) == 14  # 15 would part a pair
+
+
 def test_files_and_commands_exist():
     for path in re.findall(r"`((?:experiments|tests|\.ci)/[\w./]+)`", README):
         assert (ROOT / path).exists(), path

@@ -163,7 +163,7 @@ class _Server(uvicorn.Server):
         """Wait until the device is found broken, then take no more requests."""
         await self.replica.service.batcher.broken.wait()
         self.replica.is_ready = False
-        self._refuse()
+        self._leave(grace_seconds=0)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)

@@ -459,32 +459,39 @@ def test_ctrl_c_ends_it_at_once(served_model, service_home):
         assert time.monotonic() - started < 3
 
 
-FAILING = """
+WITH_A_TRAP = """
 import sys
+import threading
 import jaxcls.serving.replica as replica
 make_scorer = replica.make_scorer
 
-def make_failing(*arguments, **options):
+def make_trap(*arguments, **options):
     score = make_scorer(*arguments, **options)
-    def fail_on_white(images):
+    def stumble_over_white(images):
         if (images == 255).all(axis=(1, 2, 3)).any():
-            raise RuntimeError("INTERNAL: the device has failed")
+            STUMBLE
         return score(images)
-    return fail_on_white
+    return stumble_over_white
 
-replica.make_scorer = make_failing
+replica.make_scorer = make_trap
+replica.MAX_SHUTDOWN_SECONDS = 2
 from jaxcls.cli import main
 sys.exit(main())
 """
+FAILING = WITH_A_TRAP.replace("STUMBLE", "raise RuntimeError('INTERNAL: the device has failed')")
+HANGING = WITH_A_TRAP.replace("STUMBLE", "threading.Event().wait()")
+WHITE = {
+    "name": "images",
+    "shape": [1, 32, 32, 3],
+    "datatype": "UINT8",
+    "data": np.full((1, 32, 32, 3), 255).tolist(),
+}
 
 
 def test_an_image_that_breaks_the_device_errs_alone_and_the_second_ends_the_process(
     served_model, service_home, pictures, expected
 ):
-    white = np.full((1, 32, 32, 3), 255, np.uint8)
-    ask = {
-        "inputs": [{"name": "images", "shape": [1, 32, 32, 3], "datatype": "UINT8", "data": white.tolist()}]
-    }
+    ask = {"inputs": [WHITE]}
     with start_service(served_model, service_home, code=FAILING) as served:
         url = f"{served.url}/v2/models/colours/infer"
         with ThreadPoolExecutor(9) as pool:
@@ -506,3 +513,19 @@ def test_an_image_that_breaks_the_device_errs_alone_and_the_second_ends_the_proc
         assert httpx2.get(f"{served.url}/v2/health/ready").status_code == 200
         assert httpx2.post(url, json=ask, timeout=30).status_code == 500
         assert served.process.wait(30) == 1
+
+
+def test_it_ends_within_its_limit_though_the_device_hangs(served_model, service_home):
+    with (
+        start_service(served_model, service_home, "--grace-seconds", 0, code=HANGING) as served,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        url = f"{served.url}/v2/models/colours/infer"
+        asked = pool.submit(httpx2.post, url, json={"inputs": [WHITE]}, timeout=30)
+        deadline = time.monotonic() + 10
+        while not served.metric("jaxcls_queue_images"):
+            assert time.monotonic() < deadline
+        served.process.send_signal(signal.SIGTERM)
+        assert served.process.wait(8) == 1
+        with suppress(httpx2.TransportError):  # whether it still hears of it is left open
+            asked.result()

@@ -24,7 +24,7 @@ from jaxcls.data.duplicates import describe_leakage, find_duplicates, find_leaka
 from jaxcls.data.images import MAX_PIXELS
 from jaxcls.errors import JaxclsError, UsageError
 from jaxcls.models.precision import PLATFORMS, Platform, Precision
-from jaxcls.serving.config import READY_SECONDS, ServiceConfig
+from jaxcls.serving.config import READY_SECONDS, ServiceConfig, require_extra
 from jaxcls.storage import Storage
 from jaxcls.train.config import FinetuneConfig
 
@@ -364,6 +364,7 @@ class Serve(Command):
     """Of the model, in addresses; default: that of its folder."""
 
     def run(self) -> int:
+        require_extra()
         from jaxcls.serving.app import Identity
         from jaxcls.serving.auth import Keys
         from jaxcls.serving.replica import listen, serve

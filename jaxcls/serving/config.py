@@ -1,9 +1,10 @@
 """How a service is to be run. No JAX: the command line reads it for `--help`."""
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 from jaxcls.data.images import MAX_PIXELS
-from jaxcls.errors import UsageError
+from jaxcls.errors import MissingExtraError, UsageError
 from jaxcls.models.precision import Precision
 
 BATCH_SIZES = (1, 2, 4, 8, 16)
@@ -11,6 +12,14 @@ READY_SECONDS = 600.0
 """In which all replicas of a deployment must be ready."""
 MAX_SHUTDOWN_SECONDS = 30
 """From SIGTERM to the end of the process, whatever is still under way."""
+EXTRA = ("starlette", "uvicorn", "httptools", "uvloop", "python_multipart", "prometheus_client")
+
+
+def require_extra() -> None:
+    """Raise MissingExtraError unless all that serving needs is installed."""
+    for package in EXTRA:
+        if find_spec(package) is None:
+            raise MissingExtraError(package, "serving", "pip install 'jaxcls[serve]'")
 
 
 @dataclass(frozen=True, kw_only=True)

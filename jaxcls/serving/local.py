@@ -8,12 +8,12 @@ import sys
 import time
 from collections.abc import Mapping
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from jaxcls.errors import DeploymentError, MissingExtraError, UsageError
+from jaxcls.errors import DeploymentError, UsageError
 from jaxcls.manifest import PARITY, WEIGHTS, check_file, check_programs, read_manifest
+from jaxcls.serving.config import require_extra
 from jaxcls.serving.registry import HOST, PROCESSES_LOCK, DeploymentStatus, Entry, Report, Spec
 from jaxcls.storage import whole_folder
 
@@ -25,7 +25,6 @@ BACKLOG = 2048
 END_SECONDS = 45.0
 """The supervisor kills replicas that have not ended 35 s after they were asked to."""
 POLL_SECONDS = 0.05
-EXTRA = ("starlette", "uvicorn", "prometheus_client")
 
 
 def deploy(
@@ -53,7 +52,7 @@ def deploy(
             deploys or deletes under this name.
         UsageError: a value that cannot work, or a port that cannot be had.
     """
-    _require_extra()
+    require_extra()
     if (num_replicas is not None and num_replicas < 1) or not timeout_seconds > 0:
         raise UsageError(f"{num_replicas} replicas, {timeout_seconds:g} s: both must be more than 0")
     with entry.changing():
@@ -124,12 +123,6 @@ def _state(report: Report) -> Literal["starting", "ready", "failed"]:
         return "ready"
     states = {replica.state for replica in report.replicas}
     return "failed" if states == {"failed"} else "starting"
-
-
-def _require_extra() -> None:
-    for package in EXTRA:
-        if find_spec(package) is None:
-            raise MissingExtraError(package, "serving", "pip install 'jaxcls[serve]'")
 
 
 def _copy(classifier: "Classifier | str | Path", path: Path) -> None:

@@ -486,10 +486,12 @@ def test_what_a_deletion_left_that_was_interrupted_is_no_deployment(name, classi
     assert not folder_of(name).exists()
 
 
-def test_an_extra_that_is_missing(name, classifiers, monkeypatch):
-    monkeypatch.setattr("jaxcls.serving.local.EXTRA", ("no_such_package",))
+def test_an_extra_that_is_missing(name, classifiers, monkeypatch, capsys):
+    monkeypatch.setattr("jaxcls.serving.config.EXTRA", ("no_such_package",))
     with pytest.raises(MissingExtraError, match=r"pip install 'jaxcls\[serve\]'"):
         Deployment(name, classifiers[0]).deploy()
+    assert main(["serve", str(classifiers[0])]) == 1
+    assert "pip install 'jaxcls[serve]'" in capsys.readouterr().err
 
 
 def test_values_that_cannot_work(name, classifiers):

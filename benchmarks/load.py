@@ -24,7 +24,9 @@ for number, path in ipairs(order.bodies) do
   local file = io.open(path, "rb"); bodies[number] = file:read("*a"); file:close()
 end
 function setup(thread) table.insert(threads, thread) end
-function init() good = 0; busy = 0; other = 0; times = {}; math.randomseed(1) end
+function init()
+  good = 0; busy = 0; other = 0; times = {}; by_second = {}; first_second = os.time(); math.randomseed(1)
+end
 function delay() return order.delay_ms * (0.5 + math.random()) end
 function request()
   next_body = next_body % #bodies + 1
@@ -33,6 +35,7 @@ end
 function response(status, headers)
   if status == 200 then
     good = good + 1
+    by_second[os.time()] = (by_second[os.time()] or 0) + 1
     local bucket = math.floor((headers["X-Execution-Time-Ms"] or headers[time_header] or 0) / 10)
     times[bucket] = (times[bucket] or 0) + 1
   elseif status == 429 then busy = busy + 1 else other = other + 1 end
@@ -44,7 +47,13 @@ function done(summary, latency)
   local share = busy / math.max(good + busy, 1)
   local left, bucket, times = 0.99 * good, -1, thread:get("times")
   while left > 0 do bucket = bucket + 1; left = left - (times[bucket] or 0) end
+  -- Whole seconds, without those in which the load begins and ends.
+  local from, to, steady = thread:get("first_second") + 2, os.time() - 1, 0
+  for second, count in pairs(thread:get("by_second")) do
+    if second >= from and second <= to then steady = steady + count end
+  end
   local found = {
+    good_per_second = steady / math.max(to - from + 1, 1),
     good = good, busy = busy, seconds = summary.duration / 1e6, good_p99_ms = 10 * (bucket + 1),
     other = thread:get("other") + lost.connect + lost.read + lost.write + lost.timeout,
     p50_ms = latency:percentile(50) / 1000, p99_ms = latency:percentile(99) / 1000,
@@ -63,6 +72,7 @@ class Load:
 
     Attributes:
         good, busy, other: answers of status 200, of 429, and all else, lost connections included.
+        good_per_second: good answers in the seconds between those in which the load begins and ends.
         seconds: how long it lasted.
         p50_ms, p99_ms: of all answers.
         refused_p99_ms: of those of status 429, where the others are slower.
@@ -77,11 +87,7 @@ class Load:
     p99_ms: float
     refused_p99_ms: float
     good_p99_ms: float
-
-    @property
-    def good_per_second(self) -> float:
-        """Good answers a second."""
-        return self.good / self.seconds
+    good_per_second: float
 
 
 def drive(
@@ -102,7 +108,7 @@ def drive(
         headers: of all requests.
         scratch: a folder for the generator's files.
         connections: each asks again once it is answered.
-        seconds: how long.
+        seconds: how long; the first two and the last tell nothing of good answers a second.
         delay_ms: the mean pause of a connection between an answer and its next request.
 
     Raises:

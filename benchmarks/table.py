@@ -41,8 +41,8 @@ LIMITS: Mapping[tuple[str, str], str] = {
     (
         "serve, 10x overload",
         "cpu",
-    ): "the bound counts on the peak's batch time; 600 refusals a second and the "
-    "load generator take their share of the two cores from what was accepted",
+    ): "nobody asks in the first half second of 15; 620 refusals a second take 0.08 ms of a core each; "
+    "the load generator has its share of the same two cores; the bound counts on the peak's batch time",
     (
         "input pipeline, JPEGs of 500 px",
         "cpu",
@@ -134,7 +134,7 @@ def within_milliseconds(results: Results, *, added: float) -> Outcome | None:
 def withstands(results: Results, *, times: int) -> Outcome | None:
     """An overload: goodput, the slowest accepted answer, and how soon the others are refused."""
     for row in results.find(benchmark="serving", work=f"overload_{times}x"):
-        share = row["goodput_per_second"] / row["peak_per_second"]
+        share = row["good_per_second"] / row["peak_per_second"]
         reached = share >= 0.9 and row["good_p99_ms"] <= row["p99_bound_ms"] and row["refused_p99_ms"] <= 50
         measured = (
             f"{share:.0%} of the peak, accepted p99 {row['good_p99_ms'] / 1000:.3g} s, "
@@ -271,11 +271,9 @@ def _goals() -> list[Goal]:
     for times in (2, 10):
         text = "≥ 90 % of the peak; accepted within the queue's time; refused within 50 ms"
         add(f"serve, {times}x overload", "cpu", text, withstands, times=times)
-    for image_size, ratio in ((32, 1.5), (224, 1.0)):
-        text = f"≥ {ratio:g}x LitServe, p99 no worse"
-        add(
-            f"serve, ResNet-18 at {image_size} px", "cpu", text, outserves, ratio=ratio, image_size=image_size
-        )
+    for platform, image_size, ratio in (("cpu", 32, 1.5), ("cpu", 224, 1.0), ("gpu", 224, 3.0)):
+        question, text = f"serve, ResNet-18 at {image_size} px", f"≥ {ratio:g}x LitServe, p99 no worse"
+        add(question, platform, text, outserves, ratio=ratio, image_size=image_size)
     run = "41 photos, 15 epochs, ResNet-18"
     add(run, "cpu", "≤ 3x the bare steps", within_step_time, times=3.0)
     whole = {"benchmark": "short_run", "work": "short_run"}

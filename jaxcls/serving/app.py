@@ -22,7 +22,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from jaxcls.errors import RequestError
+from jaxcls.errors import RequestError, UsageError
 from jaxcls.predictions import Kind
 from jaxcls.serving import metrics, wire
 from jaxcls.serving.admission import Admission
@@ -58,11 +58,18 @@ class Identity:
     Attributes:
         name, version: as they were deployed.
         keys: one of which each request must carry; None: none.
+
+    Raises:
+        UsageError: the name cannot be part of an address.
     """
 
     name: str
     version: str
     keys: Keys | None = None
+
+    def __post_init__(self) -> None:
+        if not self.name or not self.name.isprintable() or set(self.name) & set("/{}"):
+            raise UsageError(f"model name {self.name!r}: give another --name, without slashes and braces")
 
 
 @dataclass(eq=False)

@@ -283,6 +283,7 @@ def test_keys_are_read_again_on_sighup(guarded, http, key_file):
         (["--key-file", __file__], "chmod 600"),
         (["--batch-sizes", "0"], "batch sizes"),
         (["--grace-seconds", "99"], "grace_seconds"),
+        (["--name", "a{b}"], "model name 'a{b}'"),
         (["--port", "65536"], "cannot listen on 127.0.0.1 port 65536"),
     ],
 )

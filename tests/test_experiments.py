@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import nbformat
+import numpy as np
 import pytest
 from conftest import write_photos
 from nbclient import NotebookClient
@@ -90,3 +91,36 @@ def test_recipes_and_accuracy_over_seeds(tmp_path, weights):
     result = json.loads((tmp_path / "svm.json").read_text())
     assert result["accuracy"]["micro"]["n"] == 2
     assert {"command", "device", "versions"} <= set(result["conditions"])
+
+
+def test_planted_labels_are_wrong_and_suspects_judged_by_them():
+    from experiments.label_errors import Suspects, judge, plant
+
+    labels = np.arange(100, dtype=np.int32) % 3
+    noisy, planted = plant(labels, 3, 0.04, seed=0)
+    np.testing.assert_array_equal(noisy != labels, planted)
+    assert (planted.sum(), noisy.dtype, noisy.max()) == (4, np.int32, 2)
+    others, changed = np.flatnonzero(~planted), np.flatnonzero(planted)
+    found = np.concatenate([changed[:1], others[:1], changed[1:3], others[1:]])
+    assert judge(Suspects(found, 3), planted) == {
+        "precision_at_planted": 0.75,
+        "recall_at_planted": 0.75,
+        "num_named": 3,
+        "precision_named": 2 / 3,
+        "recall_named": 0.5,
+    }
+    assert judge(Suspects(found, 0), planted)["precision_named"] is None
+
+
+@pytest.mark.slow
+def test_label_errors(tmp_path, weights):
+    photos = write_photos(tmp_path / "photos", {"blue": 12, "red": 12})
+    out = run(
+        "label_errors", photos, "--weights", weights / "resnet18.safetensors", "--num-seeds", 2,
+        "--out", tmp_path / "found.json",
+    )  # fmt: skip
+    assert "found of 1" in out
+    result = json.loads((tmp_path / "found.json").read_text())
+    assert {row["scores"] for row in result["summary"]} == {"svm", "neighbours", "both"}
+    assert all(row["recall_at_planted"]["n"] == 2 for row in result["summary"])
+    assert any(row["method"].startswith("cleanlab") for row in result["runs"]) or result["notes"]

@@ -10,6 +10,7 @@ from benchmarks import (
     score,
     short_run,
     startup,
+    svm,
     train_end_to_end,
     train_step,
 )
@@ -24,6 +25,7 @@ BENCHMARKS = {
     "train_end_to_end": train_end_to_end,
     "short_run": short_run,
     "memory": memory,
+    "svm": svm,
     "correctness": correctness,
 }
 

@@ -5,15 +5,24 @@
     python -m benchmarks.gpu all --out FOLDER
 
 A row is written as soon as there is one, a comparison's after every round. Besides JAX, Flax,
-Optax, NumPy, Pillow and safetensors nothing has to be there: a row that needs more (torch, Grain)
-says so instead of figures.
+Optax, NumPy, Pillow and safetensors nothing has to be there: a row that needs more (torch, Grain,
+scikit-learn) says so instead of figures.
 """
 
 import argparse
 import math
 from collections.abc import Callable, Mapping
 
-from benchmarks import correctness, features, input_pipeline, memory, short_run, startup, train_end_to_end
+from benchmarks import (
+    correctness,
+    features,
+    input_pipeline,
+    memory,
+    short_run,
+    startup,
+    svm,
+    train_end_to_end,
+)
 from benchmarks.session import Session, Settings, parse
 
 STAGE_SECONDS = 450.0
@@ -61,9 +70,14 @@ def start(session: Session) -> None:
     memory.run(session.at(50, 152))
 
 
+def fit(session: Session) -> None:
+    """Linear SVMs."""
+    svm.run(session)
+
+
 STAGES: Mapping[str, Callable[[Session], None]] = {
     stage.__name__.replace("_", "-"): stage
-    for stage in (first, train_small, train_large, score_depths, whole, start)
+    for stage in (first, train_small, train_large, score_depths, whole, start, fit)
 }
 
 

@@ -15,6 +15,7 @@ MODULES = {
     "flax": "benchmarks.textbook",
     "torch": "benchmarks.torch_peers",
     "dataloader": "benchmarks.dataloader",
+    "sklearn": "benchmarks.sklearn_peer",
     "machine": "benchmarks.machine",
 }
 
@@ -53,6 +54,7 @@ DEFAULTS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         ),
     },
     "input_pipeline": dict.fromkeys(("cpu", "gpu"), ("jaxcls-threads", "jaxcls-processes", "dataloader")),
+    "svm": dict.fromkeys(("cpu", "gpu"), (OURS, "sklearn")),
     "first_step": {
         "cpu": (OURS, "flax-jit-float32"),
         "gpu": (OURS, "flax-jit-bfloat16"),

@@ -9,7 +9,10 @@ from typing import Any
 from experiments.recording import write_json
 
 FOLDER = Path(__file__).resolve().parent / "results"
-IDENTITY = ("benchmark", "work", "subject", "depth", "batch_size", "image_size", "photo_side", "cache")
+IDENTITY = (
+    "benchmark", "work", "subject", "depth", "batch_size", "image_size", "photo_side", "features",
+    "num_features", "num_classes", "cache",
+)  # fmt: skip
 
 
 @dataclass

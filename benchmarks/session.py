@@ -262,6 +262,8 @@ def _line(row: Mapping[str, Any]) -> str:
     sizes = [f"resnet{row['depth']}"] * bool(row["depth"]) + [f"{row['photo_side']} px"] * bool(
         row["photo_side"]
     )
+    if row["features"]:
+        sizes.append(f"{row['features']} {row['batch_size']} x {row['num_features']} x {row['num_classes']}")
     parts = [row["benchmark"], row["work"], row["subject"], *sizes]
     if rates := row.get("images_per_second"):
         parts.append(

@@ -119,6 +119,13 @@ def short_run(task: Task) -> dict[str, Any]:
     return {"seconds": seconds, "num_steps": result.history[-1]["step"]}
 
 
+def svm(task: Task) -> Program:
+    """A fit of `LinearSVC`."""
+    from benchmarks.jax_fitting import make_fitting  # loads scikit-learn, for which no other work should wait
+
+    return make_fitting(task)
+
+
 class _Finetuning(Program):
     """Two epochs of `finetune` a turn, by its own clock; the first warms up."""
 

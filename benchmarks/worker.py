@@ -32,6 +32,9 @@ class Task:
         batch_size: images per step.
         image_size: of the network's input, in pixels.
         photo_side: the longer side of the photos, in pixels, where there are photos.
+        features: what an SVM is fitted to, "random" or "correlated".
+        num_features: D.
+        num_classes: K.
     """
 
     work: str
@@ -40,6 +43,9 @@ class Task:
     batch_size: int = 0
     image_size: int = 0
     photo_side: int = 0
+    features: str = ""
+    num_features: int = 0
+    num_classes: int = 0
 
 
 class Worker:

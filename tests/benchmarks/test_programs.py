@@ -4,7 +4,10 @@ from contextlib import contextmanager
 
 import numpy as np
 import pytest
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.svm import LinearSVC
 
+from benchmarks.fitting import C, Fitting, objectives
 from benchmarks.jax_programs import JaxTraining
 from benchmarks.photos import Reading
 from benchmarks.programs import Scoring, random_images
@@ -95,3 +98,61 @@ def test_images_differ_and_stay():
     assert images.dtype == np.uint8
     np.testing.assert_array_equal(images, random_images(2, 30, 7))
     assert np.abs(images.astype(int) - random_images(2, 30, 8)).mean() > 30
+
+
+def clusters(num_classes=3):
+    labels = np.arange(60) % num_classes
+    return np.random.default_rng(0).standard_normal((60, 4)) + 2 * np.eye(4)[labels], labels
+
+
+def fitting(make, **options):
+    return Fitting(make, *clusters(), describe=lambda _: {}, **options)
+
+
+def test_the_objective_by_hand():
+    # Two samples at 1 and -1 and weights (0.5, 0): margins of 0.5, slacks of 0.5.
+    features, labels = np.array([[1.0], [-1.0]]), np.array([1, 0])
+    objective, gap = objectives(np.array([[0.5, 0.0]]), features, labels, np.array([1]))
+    assert objective == pytest.approx(0.5 * 0.25 + C * 2 * 0.25)
+    # The gradient is 0.5 - 2 C (0.5 + 0.5) for the feature and 0 for the intercept.
+    assert gap == pytest.approx(0.5 * (0.5 - 2 * C) ** 2)
+
+
+def test_fits_count_by_their_objective():
+    program = fitting(lambda: LinearSVC(C=C, tol=1e-8), share=0.5)
+    assert program.images_per_step == 30
+    assert program.details["gap_at_most"] < 1e-6
+    program.run(4)
+    assert program.num_executed() == 4
+
+
+def test_the_objectives_bound_holds_far_from_the_minimum():
+    features, labels = clusters()
+    nothing = np.zeros((3, 5))
+    objective, gap = objectives(nothing, features, labels, np.arange(3))
+    np.testing.assert_allclose(objective, 60 * C)
+    least = np.array(fitting(lambda: LinearSVC(C=C, tol=1e-8)).details["objective"])
+    assert (objective - gap <= least).all()
+
+
+def test_two_classes_are_one_problem():
+    features, labels = clusters(2)
+    program = Fitting(lambda: LinearSVC(C=C), features, labels, describe=lambda _: {})
+    assert len(program.details["objective"]) == 1
+    assert program.time(3) > 0
+
+
+def test_a_fit_from_before_is_refused():
+    machine = LinearSVC(C=C)
+
+    class Lazy:
+        def fit(self, features, names):
+            return machine if hasattr(machine, "coef_") else machine.fit(features, names)
+
+    with pytest.raises(SubjectError, match="0 steps were done where 2 were timed"):
+        fitting(Lazy).time(2)
+
+
+def test_a_fit_that_does_not_converge_is_refused():
+    with pytest.raises(ConvergenceWarning):
+        fitting(lambda: LinearSVC(C=1e4, max_iter=1, dual=True))

@@ -91,6 +91,25 @@ def test_seconds_and_shares(tmp_path):
     assert cells_of(text, "41 photos, 15 epochs, ResNet-18")[3:6] == ["90 s", "60 s of bare steps", "0.67"]
 
 
+@pytest.mark.parametrize(
+    ("gap", "ratio"), [(5e-5, "4.00"), (2e-4, "**4.00**")], ids=["near", "not near enough"]
+)
+def test_a_fit_counts_where_its_objective_is_near_the_least(tmp_path, gap, ratio):
+    results = Results(tmp_path / "a.json", MACHINE)
+    problem = {
+        "benchmark": "svm",
+        "work": "svm",
+        "features": "random",
+        "batch_size": 20_000,
+        "num_classes": 10,
+    }
+    results.put(rated("jaxcls", 10_000.0, **problem, seconds=2.0, gap=gap))
+    results.put(rated("sklearn", 2500.0, **problem, seconds=8.0, gap=1e-6, num_classes_fitted=5))
+    question = "SVM, 20,000 x 2048, 10 classes, random features"
+    cells = cells_of(table.make_table([results], {(question, "cpu"): "the gap"}), question)
+    assert cells[3:6] == [f"2 s, gap {gap:.0e}", "8 s, gap 1e-06, by 5 of 10 classes, sklearn", ratio]
+
+
 def test_the_floor_by_hand():
     # 200 FLOP at 100/s are 2 s, 200 bytes at 50/s are 4 s; the step took 8 s.
     found = floor({"flops": 200.0, "bytes": 200.0, "dtype": "float32"}, 8.0, MACHINE)

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import jax
 import jax.export
@@ -40,6 +40,7 @@ from jaxcls.program import deserialize_program, serialize_program
 from jaxcls.storage import file_sha256, whole_folder
 
 Score = Callable[[np.ndarray], np.ndarray]
+Calibration = Literal["temperature", "sigmoid"]
 
 # Largest difference from the stored scores, relative to their largest magnitude.
 PARITY_TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2}
@@ -48,7 +49,7 @@ NUM_PARITY_IMAGES = 2
 
 @dataclass(frozen=True, eq=False)
 class Head:
-    """From features to scores: `features @ kernel + bias`.
+    """From features to scores: `features @ kernel + bias`, made probabilities if it is calibrated.
 
     Attributes:
         kernel: float32 [D, K].
@@ -56,6 +57,9 @@ class Head:
         kind: what the scores are: "logit" (softmax gives probabilities), "margin" (distance from an
             SVM's hyperplane) or "probability".
         normalize: divide each feature vector by its L2 norm first.
+        calibration: how products become probabilities, kernel and bias holding what was fitted:
+            "temperature", their softmax; "sigmoid", the logistic function of each, divided by the sum;
+            None: they are the scores.
         thresholds: float32 [K] or None. Where the best class's score lies below its threshold, the
             classifier abstains.
     """
@@ -64,11 +68,18 @@ class Head:
     bias: np.ndarray
     kind: Kind = "logit"
     normalize: bool = False
+    calibration: Calibration | None = None
     thresholds: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(Kind):
             raise UsageError(f"kind of scores {self.kind!r}: choose one of {', '.join(get_args(Kind))}")
+        if self.calibration not in (None, *get_args(Calibration)):
+            raise UsageError(
+                f"calibration {self.calibration!r}: choose one of {', '.join(get_args(Calibration))}"
+            )
+        if self.calibration is not None and self.kind != "probability":
+            raise UsageError(f"a calibrated head gives probabilities, not scores of kind {self.kind!r}")
         if self.kernel.ndim != 2 or self.bias.shape != self.kernel.shape[1:]:
             raise UsageError(
                 f"a head needs kernel [D, K] and bias [K], not {self.kernel.shape}, {self.bias.shape}"
@@ -130,7 +141,12 @@ class Classifier:
     def forward(self, dtype: str) -> "Forward":
         """The function `(folded_weights, images) -> scores`, with convolutions in `dtype`."""
         return Forward(
-            self.backbone.architecture, self.preprocess, dtype, len(self.classes), self.head.normalize
+            self.backbone.architecture,
+            self.preprocess,
+            dtype,
+            len(self.classes),
+            self.head.normalize,
+            self.head.calibration,
         )
 
     def save(self, path: str | Path) -> Path:
@@ -169,6 +185,7 @@ class Classifier:
             "head": {
                 "kind": self.head.kind,
                 "normalize": self.head.normalize,
+                "calibration": self.head.calibration,
                 "thresholds": None if thresholds is None else thresholds.tolist(),
             },
             "parity_tolerance": PARITY_TOLERANCE,
@@ -265,7 +282,13 @@ class Classifier:
     def hub_notes(self) -> tuple[str, ...]:
         """What is lost in the folder that `export_hub` writes."""
         notes = []
-        if self.head.kind != "logit":
+        if self.head.calibration == "sigmoid":
+            notes.append(
+                "The outputs named logits want the logistic function, divided by its sum over the classes: "
+                "their order is right, but the softmax that an image-classification pipeline reports is not "
+                "this classifier's probability."
+            )
+        elif self.head.kind != "logit" and self.head.calibration is None:
             notes.append(
                 f"The outputs named logits are each class's {self.head.kind}: their order is right, but "
                 "the softmax that an image-classification pipeline reports is no probability."
@@ -313,6 +336,7 @@ def load(path: str | Path) -> Classifier:
                 weights["head"]["bias"],
                 head["kind"],
                 head["normalize"],
+                head["calibration"],
                 None if thresholds is None else np.asarray(thresholds, np.float32),
             ),
             classes=classes,
@@ -394,7 +418,7 @@ class Forward:
         preprocess: its device part runs inside.
         dtype: of the convolutions: "float32" or "bfloat16".
         num_classes: K; None for features.
-        normalize: as for `Head`.
+        normalize, calibration: as for `Head`.
     """
 
     architecture: str
@@ -402,20 +426,34 @@ class Forward:
     dtype: str
     num_classes: int | None = None
     normalize: bool = False
+    calibration: Calibration | None = None
 
     def __call__(self, weights: Any, images: jax.Array) -> jax.Array:
         features = apply_folded(weights["backbone"], self.preprocess.normalize(images), jnp.dtype(self.dtype))
         if self.num_classes is None:
             return features
-        return apply_head(weights["head"], features, normalize=self.normalize)
+        return apply_head(weights["head"], features, normalize=self.normalize, calibration=self.calibration)
 
 
-def apply_head(head: Mapping[str, jax.Array], features: jax.Array, *, normalize: bool = False) -> jax.Array:
-    """Scores [B, K] of features [B, D], for `head = {"kernel": [D, K], "bias": [K]}`."""
+def apply_head(
+    head: Mapping[str, jax.Array],
+    features: jax.Array,
+    *,
+    normalize: bool = False,
+    calibration: Calibration | None = None,
+) -> jax.Array:
+    """Scores [B, K] of features [B, D], for `head = {"kernel": [D, K], "bias": [K]}`; see `Head`."""
     if normalize:
         features /= jnp.maximum(jnp.linalg.norm(features, axis=-1, keepdims=True), 1e-12)
     # The product is tiny; HIGHEST keeps accelerators from rounding its inputs.
-    return jnp.dot(features, head["kernel"], precision="highest") + head["bias"][None, :]
+    scores = jnp.dot(features, head["kernel"], precision="highest") + head["bias"][None, :]
+    match calibration:
+        case "temperature":
+            return jax.nn.softmax(scores)
+        case "sigmoid":
+            chances = jnp.maximum(jax.nn.sigmoid(scores), jnp.finfo(scores.dtype).tiny)
+            return chances / chances.sum(-1, keepdims=True)
+    return scores
 
 
 def init_head(key: jax.Array, num_features: int, num_classes: int) -> dict[str, jax.Array]:
@@ -485,7 +523,8 @@ def _unfolded_scores(classifier: Classifier, images: np.ndarray) -> np.ndarray:
     def score(weights: Any, images: jax.Array) -> jax.Array:
         apply = make_apply(classifier.backbone.architecture)
         features, _ = apply(weights["backbone"], classifier.preprocess.normalize(images), train=False)
-        return apply_head(weights["head"], features, normalize=classifier.head.normalize)
+        head = classifier.head
+        return apply_head(weights["head"], features, normalize=head.normalize, calibration=head.calibration)
 
     return np.asarray(score(classifier.weights, images))
 

@@ -245,12 +245,20 @@ class Train(TrainingCommand):
 class Svm(TrainingCommand):
     """Train a linear SVM on a frozen network's features of a folder of photos."""
 
-    C: float = 1.0
-    """Inverse regularisation: small values regularise more."""
+    C: float | Literal["cv"] = 1.0
+    """Inverse regularisation: small values regularise more. cv: the best in cross-validation."""
     class_weight: Literal["balanced", "none"] = "balanced"
     """Weigh classes inversely to their number of photos, or alike."""
     normalize_features: bool = False
     """Divide each feature vector by its L2 norm."""
+    standardize: bool = False
+    """Train on features of mean 0 and standard deviation 1."""
+    calibrate: Literal["temperature", "sigmoid"] | None = None
+    """Make the scores probabilities, by cross-validation: one temperature, or a sigmoid for each class."""
+    min_precision: float | None = None
+    """Abstain where, in cross-validation, a class's answers at such scores were right less often."""
+    num_folds: int = 5
+    """Of the cross-validation."""
     precision: Precision = "auto"
     """Of the convolutions."""
     out: Path | None = None
@@ -260,14 +268,22 @@ class Svm(TrainingCommand):
         if self.out is not None and self.out.exists() and not _is_classifier(self.out):
             raise UsageError(f"{self.out} exists and is no saved classifier: choose another path")
         train, test = self.divide()
+        if test is not None and test.groups is None and (twins := find_leakage(train, test)):
+            print(describe_leakage(twins, len(test)), file=sys.stderr)
         classifier = jaxcls.fit_svm(
             train,
             self.start.load(),
             C=self.C,
             class_weight=None if self.class_weight == "none" else self.class_weight,
             normalize_features=self.normalize_features,
+            standardize=self.standardize,
+            calibrate=self.calibrate,
+            min_precision=self.min_precision,
+            num_folds=self.num_folds,
+            cache=_feature_cache(),
             precision=self.precision,
             progress=True,
+            report=_note,
         )
         path = classifier.save(self.out or _new_output("svm") / "svm.jaxcls")
         print(f"classifier: {path}")
@@ -637,6 +653,14 @@ def _print_columns(rows: Sequence[Sequence[str]]) -> None:
     for row in rows:
         cells = [f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)]
         print("  ".join(cells).rstrip())
+
+
+def _feature_cache() -> Path:
+    return Storage.default().persistent / "features"
+
+
+def _note(text: str) -> None:
+    print(text, file=sys.stderr)
 
 
 def _describe_installation() -> str:

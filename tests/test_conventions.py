@@ -23,12 +23,13 @@ data.hashing data.alignment data.duplicates
 preprocess
 augment.host augment.views augment.ops
 pipeline resident
-evaluation.metrics evaluation.plots evaluation.neighbours evaluation.label_errors
+evaluation.metrics evaluation.thresholds evaluation.plots evaluation.neighbours evaluation.label_errors
 models.precision models.architecture models.convolution models.normalization models.resnet
 models.port models.pretrained models.hub models.fold
 manifest program
 classifier
 scoring
+feature_cache
 serving.config serving.wire serving.openapi serving.auth serving.client
 serving.admission serving.batcher serving.metrics serving.service serving.app serving.replica
 serving.registry serving.keeper serving.supervisor serving.local serving.deployment
@@ -36,7 +37,7 @@ serving.load_test serving.load_generator serving.docker
 train.config train.state train.optimizer train.step train.memory train.signals train.checkpoint
 train.reporters train.folder
 train.finetune
-svm.fit
+svm.samples svm.newton svm.solver svm.calibration svm.cross_validation svm.fit
 quickstart
 cli
 """.split()  # noqa: SIM905 - a map, to be read as one

@@ -318,6 +318,11 @@ def scan(dataset: Dataset, *, max_bad_fraction: float = 0.0) -> Dataset:
     Raises:
         DatasetError: too many bad photos; the message lists the first of them.
     """
+    return leave_out(dataset, find_problems(dataset), max_bad_fraction=max_bad_fraction)
+
+
+def find_problems(dataset: Dataset) -> list[str | None]:
+    """What is wrong with each photo, None where it can be decoded, at the smallest scale and on all cores."""
 
     def problem(index: int) -> str | None:
         try:
@@ -327,8 +332,7 @@ def scan(dataset: Dataset, *, max_bad_fraction: float = 0.0) -> Dataset:
         return None
 
     with ThreadPoolExecutor() as pool:
-        problems = list(show_progress(pool.map(problem, range(len(dataset))), "scanning", len(dataset)))
-    return leave_out(dataset, problems, max_bad_fraction=max_bad_fraction)
+        return list(show_progress(pool.map(problem, range(len(dataset))), "scanning", len(dataset)))
 
 
 def leave_out(dataset: Dataset, problems: Sequence[str | None], *, max_bad_fraction: float) -> Dataset:

@@ -34,6 +34,8 @@ MAX_PRODUCTS = 250
 SLOPE = 0.02
 """The line search ends when the slope is this share of the first one."""
 MAX_LENGTHS = 20
+MANY = 16
+"""Problems of which those that are done are left out of the products; of fewer, this would save little."""
 NUM_STALLS = 3
 """Steps without progress after which the precision of the numbers is taken to be exhausted."""
 
@@ -71,6 +73,32 @@ class Solution(NamedTuple):
     num_products: int
 
 
+class _State(NamedTuple):
+    """Where problems stand, by problem."""
+
+    weights: np.ndarray
+    objective: np.ndarray
+    gap: np.ndarray
+    num_steps: np.ndarray
+    num_stalls: np.ndarray
+    best: np.ndarray
+
+    def judge(self, objective: np.ndarray, gradient: Array) -> "_State":
+        """With what was found at its weights."""
+        progress = self.best - objective > np.finfo(self.weights.dtype).eps * objective
+        return self._replace(
+            objective=objective,
+            gap=0.5 * np.asarray(_dot(gradient, gradient), np.float64),
+            num_stalls=np.where(progress, 0, self.num_stalls + 1),
+            best=np.minimum(self.best, objective),
+        )
+
+    def is_live(self, tolerance: float, max_steps: int) -> NDArray[np.bool_]:
+        """Which are to go on."""
+        is_far = self.gap > tolerance * self.objective
+        return is_far & (self.num_stalls < NUM_STALLS) & (self.num_steps < max_steps)
+
+
 def minimize(samples: Samples, problems: Problems, *, tolerance: float, max_steps: int) -> Solution:
     """Solve all problems.
 
@@ -80,38 +108,55 @@ def minimize(samples: Samples, problems: Problems, *, tolerance: float, max_step
         tolerance: each ends when its objective lies above the minimum by at most this share of itself.
         max_steps: of Newton's method; problems that need more have a larger gap.
     """
-    asked = samples.replicate(problems)
-    spectrum = samples.spectrum()
-    num_problems = len(asked.positive)
-    weights = jnp.zeros((num_problems, samples.width), samples.dtype)
-    margins = _margins(samples, weights)
-    num_steps, num_stalls = np.zeros((2, num_problems), np.int64)
-    best, is_exact, num_products = np.full(num_problems, np.inf), True, 0.5
+    num_problems = len(problems.positive)
+    weights = np.zeros((num_problems, samples.width), samples.dtype)
+    (num_steps, num_stalls), infinite = np.zeros((2, num_problems), np.int64), np.full(num_problems, np.inf)
+    state = _State(weights, infinite, infinite.copy(), num_steps, num_stalls, infinite.copy())
+    live, spectrum, num_products = np.arange(num_problems), samples.spectrum(), 0.0
+    while len(live):
+        some = Problems(*(values[live] for values in problems))
+        found, used = _descend(
+            samples, some, spectrum, _State(*(v[live] for v in state)), tolerance, max_steps
+        )
+        for values, own in zip(state, found, strict=True):
+            values[live] = own
+        # What was added to margins step by step had rounding errors of its own: the last word is without.
+        asked, sent = samples.replicate((problems, state.weights))
+        objective, gradient, _ = _evaluate(samples, asked, sent, _margins(samples, sent))
+        state = state.judge(objective, gradient)
+        live = np.flatnonzero(state.is_live(tolerance, max_steps))
+        num_products += used + 1
+    weights = state.weights[:, : samples.num_features + 1]
+    return Solution(weights, state.objective, state.gap, state.num_steps, int(num_products))
+
+
+def _descend(
+    samples: Samples,
+    problems: Problems,
+    spectrum: Spectrum,
+    state: _State,
+    tolerance: float,
+    max_steps: int,
+) -> tuple[_State, float]:
+    """Newton's method until half of many problems, or all of a few, are done; and the pairs of products."""
+    problems, weights = samples.replicate((problems, state.weights))
+    margins, num_products = _margins(samples, weights), 0.5
+    few = len(weights) // 2 if len(weights) > MANY else 0
     while True:
-        objective, gradient, curvature = _evaluate(samples, asked, weights, margins)
+        objective, gradient, curvature = _evaluate(samples, problems, weights, margins)
         num_products += 0.5
-        gap = 0.5 * np.asarray(_dot(gradient, gradient), np.float64)
-        progress = best - objective > np.finfo(samples.dtype).eps * objective
-        num_stalls = np.where(progress, 0, num_stalls + 1)
-        best = np.minimum(best, objective)
-        is_live = (gap > tolerance * objective) & (num_stalls < NUM_STALLS) & (num_steps < max_steps)
-        if not is_live.any():
-            if is_exact:
-                break
-            # What was added to the margins step by step has rounding errors of its own.
-            margins, is_exact = _margins(samples, weights), True
-            num_products += 0.5
-            continue
+        state = state.judge(objective, gradient)
+        is_live = state.is_live(tolerance, max_steps)
+        if is_live.sum() <= few:
+            return state._replace(weights=np.asarray(weights)), num_products
         preconditioner = _Preconditioner(spectrum, curvature / samples.total_weight)
-        direction, used = _direction(samples, asked, preconditioner, margins, gradient, is_live)
+        direction, used = _direction(samples, problems, preconditioner, margins, gradient, is_live)
         along = _margins(samples, direction)
-        lengths = _lengths(samples, asked, weights, direction, gradient, margins, along)
+        lengths = _lengths(samples, problems, weights, direction, gradient, margins, along)
         weights = weights + lengths[:, None] * direction
         margins = [_add(one, lengths, change) for one, change in zip(margins, along, strict=True)]
-        num_steps, is_exact = num_steps + is_live, False
+        state = state._replace(num_steps=state.num_steps + is_live)
         num_products += used + 0.5
-    found = np.asarray(weights)[:, : samples.num_features + 1]
-    return Solution(found, objective, gap, num_steps, int(num_products))
 
 
 @jax.jit

@@ -111,16 +111,10 @@ class LinearSVC(ClassifierMixin, BaseEstimator):
         by_class = compute_class_weight(
             self.class_weight, classes=self.classes_, y=targets, sample_weight=weights
         )
-        costs = (self.C * by_class).astype(features.dtype)
-        if len(self.classes_) == 2:
-            positive, others = np.array([1]), costs[:1]
-        else:  # as liblinear does it: the others of a class are not weighted by their own classes
-            positive, others = np.arange(len(costs)), np.full_like(costs, self.C)
-        problems = Problems(
-            positive.astype(np.int32), costs[positive], others, np.full(len(positive), -1, np.int32)
-        )
+        problems = one_against_rest(len(by_class), self.C, by_class, dtype=features.dtype)
+        num_problems = len(problems.positive)
         constant = self.intercept_scaling if self.fit_intercept else 0.0
-        samples = Samples(features, labels, weights, constant=constant, num_problems=len(positive))
+        samples = Samples(features, labels, weights, constant=constant, num_problems=num_problems)
         return minimize(samples, problems, tolerance=self.tol, max_steps=self.max_iter)
 
     def _keep(self, solution: Solution) -> None:
@@ -140,3 +134,42 @@ class LinearSVC(ClassifierMixin, BaseEstimator):
                 ConvergenceWarning,
                 stacklevel=3,
             )
+
+
+def one_against_rest(
+    num_classes: int,
+    C: float,  # noqa: N803
+    class_weights: np.ndarray | None = None,
+    *,
+    left_out: int = -1,
+    dtype: np.dtype | type = np.float32,
+) -> Problems:
+    """A problem for each of K classes, or a single one, of the second class, if there are two.
+
+    As liblinear does it, the weight of a class multiplies the costs of its own samples in its own problem
+    only; with two classes it does in the single one.
+
+    Args:
+        num_classes: K.
+        C: inverse regularisation.
+        class_weights: float [K]; None: all 1.
+        left_out: the fold whose samples do not count; -1: all do.
+        dtype: of the costs.
+    """
+    costs = C * (np.ones(num_classes) if class_weights is None else np.asarray(class_weights))
+    if num_classes == 2:
+        positive, others = np.array([1]), costs[:1]
+    else:
+        positive, others = np.arange(num_classes), np.full(num_classes, C)
+    return Problems(
+        positive.astype(np.int32),
+        costs[positive].astype(dtype),
+        others.astype(dtype),
+        np.full(len(positive), left_out, np.int32),
+    )
+
+
+def as_columns(margins: ArrayLike) -> NDArray[np.floating]:
+    """[N, K] of the margins [N, K] of one-against-rest problems, which are [N, 1] for two classes."""
+    margins = np.asarray(margins)
+    return np.hstack([-margins, margins]) if margins.shape[1] == 1 else margins

@@ -1,0 +1,60 @@
+"""How far to trust scores: thresholds below which to abstain, and the calibration error of probabilities."""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from jaxcls.errors import UsageError
+
+NEVER = float(np.finfo(np.float32).max)
+"""The threshold of a class whose answers are not to be trusted at any score."""
+
+
+def choose_thresholds(
+    scores: NDArray[np.float32], labels: np.ndarray, min_precision: float
+) -> NDArray[np.float32]:
+    """The lowest threshold of each class at which its answers are right often enough.
+
+    Args:
+        scores: [N, K], of images that the classifier was not trained on.
+        labels: int [N].
+        min_precision: in (0, 1]: of the images for which a class scores best and at least its threshold, this
+            share at least is of that class.
+
+    Returns:
+        float32 [K]; `NEVER` for a class that reaches the precision at no score.
+
+    Raises:
+        UsageError: a precision outside (0, 1].
+    """
+    if not 0 < min_precision <= 1:
+        raise UsageError(f"min_precision {min_precision}: must be above 0 and at most 1")
+    predicted = scores.argmax(1)
+    thresholds = np.full(scores.shape[1], NEVER, np.float32)
+    for label in range(scores.shape[1]):
+        own = np.flatnonzero(predicted == label)
+        own = own[np.argsort(-scores[own, label], kind="stable")]
+        values = scores[own, label]
+        precision = np.cumsum(labels[own] == label) / np.arange(1, len(own) + 1)
+        # Equal scores are above a threshold together or not at all.
+        is_last = np.append(values[1:] < values[:-1], True)[: len(own)]
+        if (enough := np.flatnonzero((precision >= min_precision) & is_last)).size:
+            thresholds[label] = values[enough[-1]]
+    return thresholds
+
+
+def calibration_error(probabilities: NDArray[np.float32], labels: np.ndarray, num_bins: int = 15) -> float:
+    """The expected calibration error of the best class's probability, in [0, 1].
+
+    Guo et al., "On Calibration of Modern Neural Networks", ICML 2017: the difference between the share of
+    right answers and the mean probability, averaged over bins of equal width by their number of images.
+
+    Args:
+        probabilities: [N, K].
+        labels: int [N].
+        num_bins: from 0 to 1.
+    """
+    best = probabilities.max(1).astype(np.float64)
+    is_right = probabilities.argmax(1) == labels
+    bins = np.minimum((best * num_bins).astype(int), num_bins - 1)
+    excess = np.bincount(bins, is_right - best, minlength=num_bins)
+    return float(np.abs(excess).sum() / len(labels))

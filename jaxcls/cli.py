@@ -29,6 +29,7 @@ from jaxcls.storage import Storage
 from jaxcls.train.config import FinetuneConfig
 
 if TYPE_CHECKING:
+    from jaxcls.evaluation.label_errors import LabelErrors
     from jaxcls.serving.client import Client
 
 DONE, FAILED, WRONG_USAGE, INTERRUPTED = 0, 1, 2, 130
@@ -191,6 +192,9 @@ class Info(PhotoCommand):
     """List the photos that show the same."""
     test_data: Path | None = None
     """A folder of test photos: list those that show the same as a photo of the first folder."""
+    label_errors: bool = False
+    """Rank the photos whose label is probably wrong, by the features of --backbone."""
+    start: OmitArgPrefixes[BackboneOptions] = field(default_factory=BackboneOptions)
 
     def run(self) -> int:
         if self.path is None:
@@ -202,12 +206,23 @@ class Info(PhotoCommand):
             print(dataset.summary())
             jaxcls.scan(dataset)
             print("every image can be decoded")
-            if self.duplicates:
-                print(find_duplicates(dataset).summary())
+            if self.duplicates or self.label_errors:
+                duplicates = find_duplicates(dataset)
+                dataset = replace(dataset, groups=duplicates.groups)
+                if self.duplicates:
+                    print(duplicates.summary())
             if self.test_data is not None:
                 test = self.read(self.test_data, dataset.classes)
                 print(describe_leakage(find_leakage(dataset, test), len(test)))
+            if self.label_errors:
+                print(self.check_labels(dataset))
         return DONE
+
+    def check_labels(self, dataset: jaxcls.Dataset) -> LabelErrors:
+        """The photos whose label is probably wrong."""
+        from jaxcls.svm.labels import check_labels
+
+        return check_labels(dataset, self.start.load(), cache=_feature_cache(), progress=True, report=_note)
 
 
 @dataclass(frozen=True, kw_only=True)

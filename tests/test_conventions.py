@@ -37,7 +37,7 @@ serving.load_test serving.load_generator serving.docker
 train.config train.state train.optimizer train.step train.memory train.signals train.checkpoint
 train.reporters train.folder
 train.finetune
-svm.samples svm.newton svm.solver svm.calibration svm.cross_validation svm.fit
+svm.samples svm.newton svm.solver svm.calibration svm.cross_validation svm.labels svm.fit
 quickstart
 cli
 """.split()  # noqa: SIM905 - a map, to be read as one

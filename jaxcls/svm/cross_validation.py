@@ -78,8 +78,7 @@ def make_folds(
     """
     if num_folds < 2:
         raise UsageError(f"num_folds {num_folds}: cross-validation needs at least 2")
-    units = np.arange(len(labels)) if groups is None else groups
-    counts = [len(np.unique(units[labels == label])) for label in range(len(classes))]
+    counts = count_units(labels, len(classes), groups)
     rarest = int(np.argmin(counts))
     if counts[rarest] < num_folds:
         what = "images" if groups is None else "groups of images"
@@ -97,6 +96,12 @@ def make_folds(
     for number, (_, held_out) in enumerate(divide):
         folds[held_out] = number
     return folds
+
+
+def count_units(labels: np.ndarray, num_classes: int, groups: np.ndarray | None = None) -> list[int]:
+    """Of each class, the samples, or groups of them, that folds can be made of."""
+    units = np.arange(len(labels)) if groups is None else groups
+    return [len(np.unique(units[labels == label])) for label in range(num_classes)]
 
 
 def cross_validate(

@@ -1,4 +1,4 @@
-"""`check_labels`: a dataset's labels that are probably wrong, by SVMs and neighbours that did not see them."""
+"""`check_labels`: labels that are probably wrong, by SVMs and neighbours that did not see them."""
 
 from pathlib import Path
 

@@ -124,3 +124,26 @@ def test_label_errors(tmp_path, weights):
     assert {row["scores"] for row in result["summary"]} == {"svm", "neighbours", "both"}
     assert all(row["recall_at_planted"]["n"] == 2 for row in result["summary"])
     assert any(row["method"].startswith("cleanlab") for row in result["runs"]) or result["notes"]
+
+
+def test_duplicates(tmp_path):
+    photos = write_photos(tmp_path / "photos", {"blue": 4, "red": 4})
+    out = run("duplicates", photos, "--num-originals", 2, "--num-seeds", 1, "--out", tmp_path / "found.json")
+    assert "photos: 0 exact and 0 near copies" in out
+    result = json.loads((tmp_path / "found.json").read_text())
+    assert result["runs"][0]["num_images"] == 16
+    assert set(result["summary"]["share_found"]) == {"shrunk", "recompressed", "cropped", "brightened"}
+
+
+def test_copies_count_as_found_beside_their_original():
+    from experiments.duplicates import Planted, share_found, wrongly_joined
+
+    shown, kinds = np.asarray([0, 1, 0, 1, 2, 0, 1]), np.asarray([-1, -1, 0, 1, -1, 2, 3])
+    groups = np.asarray([0, 1, 0, 0, 1, 2, 1], np.int32)
+    planted = Planted(None, shown, kinds)  # the pictures do not matter
+    assert share_found(groups, planted) == {
+        "shrunk": 1, "recompressed": 0, "cropped": 0, "brightened": 1
+    }  # fmt: skip
+    ids = np.asarray(["a", "b", "c"])[shown]
+    assert wrongly_joined(groups, ids, frozenset()) == [["a", "b"], ["b", "c"]]
+    assert wrongly_joined(groups, ids, frozenset([frozenset("ab")])) == [["b", "c"]]

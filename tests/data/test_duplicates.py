@@ -1,7 +1,6 @@
 """Duplicates among drawn and real photos, against what was planted and a hand-checked list."""
 
 import io
-import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageEnhance
 
+from experiments.duplicates import KINDS, plant, read_twins, share_found, wrongly_joined
 from jaxcls.data.dataset import Dataset, from_items
 from jaxcls.data.duplicates import describe_leakage, find_duplicates, find_leakage
 from jaxcls.data.folder import read_folder
@@ -31,31 +31,6 @@ def encode(image, kind="PNG", **options):
     file = io.BytesIO()
     image.save(file, kind, **options)
     return file.getvalue()
-
-
-def shrunk(image, generator):
-    factor = generator.uniform(0.5, 0.9)
-    return encode(image.resize([round(factor * side) for side in image.size]), "JPEG", quality=90)
-
-
-def recompressed(image, generator):
-    return encode(image, "JPEG", quality=int(generator.integers(30, 71)))
-
-
-def cropped(image, generator):
-    """Without 2 to 8 % of each side, wherever."""
-    width, height = (round(side * generator.uniform(0.92, 0.98)) for side in image.size)
-    left, top = (
-        int(generator.integers(0, spare + 1)) for spare in (image.width - width, image.height - height)
-    )
-    return encode(image.crop((left, top, left + width, top + height)), "JPEG", quality=90)
-
-
-def brightened(image, generator):
-    return encode(ImageEnhance.Brightness(image).enhance(generator.uniform(1.1, 1.4)), "JPEG", quality=90)
-
-
-KINDS = (shrunk, recompressed, cropped, brightened)
 
 
 def groups_of(dataset, **options):
@@ -226,7 +201,7 @@ def test_the_summary_tells_exact_copies_and_doubtful_labels(pairs):
     )
 
 
-TWINS = json.loads((Path(__file__).parent / "trash_twins.json").read_text("utf-8"))
+TWINS = read_twins(Path(__file__).parent / "trash_twins.json")
 
 
 def test_tableware_has_twins(shared):
@@ -251,31 +226,17 @@ def trash(shared) -> Dataset:
 @pytest.mark.parametrize("seed", range(2))
 def test_copies_planted_among_real_photos_are_found(trash, seed):
     """At least 95 % of each kind; of the groups, 1 % at most joins photos that are no twins to the eye."""
-    generator = np.random.default_rng(seed)
-    chosen = generator.choice(len(trash), 300, replace=False)
-    originals = [Image.fromarray(trash.image(int(i))) for i in chosen]
-    copies = [kind(image, generator) for kind in KINDS for image in originals]
-    items = [*(trash.source.path(i) for i in range(len(trash))), *copies]
-    shown = np.concatenate([np.arange(len(trash)), *[chosen] * len(KINDS)])
-    order = generator.permutation(len(items))
-    found = find_duplicates(from_items([items[i] for i in order]))
-    groups = np.empty_like(found.groups)
-    groups[order] = found.groups
-    for number, kind in enumerate(KINDS):
-        first = len(trash) + number * len(chosen)
-        share = (groups[first : first + len(chosen)] == groups[chosen]).mean()
-        assert share >= 0.95, kind.__name__
-    known = set(map(frozenset, TWINS["pairs"]))
-    joined = [frozenset(trash.ids[np.unique(shown[groups == group])]) for group in np.unique(groups)]
-    false = [photos for photos in joined if len(photos) > 1 and photos not in known]
-    num_groups = (np.bincount(groups) > 1).sum()
-    assert len(false) < 0.01 * num_groups, false
+    planted = plant(trash, 300, seed)
+    groups = find_duplicates(planted.mixed).groups
+    shares = share_found(groups, planted)
+    assert min(shares.values()) >= 0.95, shares
+    joined = wrongly_joined(groups, trash.ids[planted.shown], TWINS)
+    assert len(joined) < 0.01 * (np.bincount(groups) > 1).sum(), joined
 
 
 @pytest.mark.slow
 def test_natural_twins_are_found_and_nothing_else(trash):
     groups = groups_of(trash)
     found = {frozenset(trash.ids[group]) for group in groups}
-    known = set(map(frozenset, TWINS["pairs"]))
-    assert found <= known
-    assert len(found) >= 0.9 * len(known)
+    assert found <= TWINS
+    assert len(found) >= 0.9 * len(TWINS)

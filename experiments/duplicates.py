@@ -104,8 +104,9 @@ def plant(photos: Dataset, num_originals: int, seed: int) -> Planted:
     copies = [kind(image, generator) for kind in KINDS for image in originals]
     shown = np.concatenate([np.arange(len(photos)), np.tile(chosen, len(KINDS))])
     kinds = np.repeat([UNCHANGED, *range(len(KINDS))], [len(photos)] + [num_originals] * len(KINDS))
-    order = generator.permutation(len(shown))
-    return Planted(photos.merge(from_items(copies)).select(order), shown[order], kinds[order])
+    items = [*map(photos.source.path, range(len(photos))), *copies]
+    order = generator.permutation(len(items))
+    return Planted(from_items([items[i] for i in order]), shown[order], kinds[order])
 
 
 def search(photos: Dataset) -> tuple[duplicates.Duplicates, dict[str, float]]:

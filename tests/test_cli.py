@@ -117,6 +117,15 @@ def test_a_chain_that_is_split_is_warned_of(tmp_path, capsys):
     assert "of 40 test images show the same as a training image" in capsys.readouterr().err
 
 
+def test_info_on_label_errors(folder, svm, capsys):
+    (folder / "red" / "2.png").rename(folder / "blue" / "odd.png")
+    assert main(["info", str(folder), "--label-errors", "--backbone", svm]) == 0
+    captured = capsys.readouterr()
+    assert "features of 0 of 12 images were kept from before" in captured.err
+    table = captured.out.partition("P(wrong)\n")[2].splitlines()
+    assert table[0].split()[:3] == ["blue/odd.png", "blue", "red"]
+
+
 def test_info_on_the_installation(capsys, tmp_path):
     assert main(["info"]) == 0
     out = capsys.readouterr().out
@@ -170,10 +179,26 @@ def test_predict_gives_a_bad_file_among_good_ones_a_row_and_exit_code_1(svm, fol
 
 def test_svm_on_the_features_of_a_classifier(svm, folder, tmp_path, capsys):
     assert main(["svm", str(folder), "--backbone", svm, "--out", str(tmp_path / "again.jaxcls")]) == 0
-    assert "accuracy (micro)  1.0000" in capsys.readouterr().out
+    captured = capsys.readouterr()
+    assert "solved by liblinear (scikit-learn), C=1" in captured.err
+    assert "accuracy (micro)  1.0000" in captured.out
 
 
 # Mistakes.
+
+
+def test_svm_of_chosen_c_calibrated_and_abstaining(svm, folder, tmp_path, capsys):
+    out = tmp_path / "chosen.jaxcls"
+    options = ["--C", "cv", "--num-folds", "3", "--calibrate", "sigmoid", "--min-precision", "0.9"]
+    for kept in (0, 7):  # of 12 images 7 are trained on
+        assert main(["svm", str(folder), "--backbone", svm, *options, "--out", str(out)]) == 0
+        said = capsys.readouterr().err
+        assert f"features of {kept} of 7 images were kept from before" in said
+        assert "macro accuracy in 3-fold cross-validation: C=" in said
+        assert "expected calibration error, by held-out folds:" in said
+        assert "thresholds that leave " in said
+    assert main(["info", str(out)]) == 0
+    assert "scores: probability" in capsys.readouterr().out
 
 
 def test_wrong_path(capsys, tmp_path):
@@ -200,6 +225,11 @@ def test_text_file_renamed(capsys, folder, weights, tmp_path):
 def test_weights_of_another_depth(capsys, folder, weights):
     arguments = ["train", str(folder), "--backbone", "resnet34", "--weights", weights]
     fails(capsys, 1, arguments, "these are resnet18 weights", "layer1.2.conv1.weight")
+
+
+def test_more_folds_than_photos(capsys, folder, svm):
+    arguments = ["svm", str(folder), "--backbone", svm, "--C", "cv", "--num-folds", "4"]
+    fails(capsys, 2, arguments, "class red has 3 images, fewer than 4 folds", "set num_folds to 3 at most")
 
 
 def test_class_with_one_image(capsys, folder):

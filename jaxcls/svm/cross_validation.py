@@ -22,7 +22,8 @@ EXPONENTS = (-1, 0, 1, 2, 3)
 """Powers of ten that `C="cv"` chooses from, for samples of length 1; a longer one has its share by itself."""
 TOLERANCE = 1e-3
 """Of the objective: far below what separates one C from the next."""
-MAX_STEPS = 100
+MAX_STEPS = 30
+"""Of Newton's method. The largest C on nearly separable samples want more, and are rarely the best."""
 MAX_CELLS = 2**28
 """Of a matrix [problems, samples]: values of C beyond it are solved in a further batch."""
 
@@ -53,6 +54,23 @@ class CrossValidation(NamedTuple):
         return int(self.accuracy.argmax())
 
 
+def require_folds(
+    labels: np.ndarray, num_folds: int, *, classes: Sequence[str], groups: np.ndarray | None = None
+) -> None:
+    """Raise UsageError unless `make_folds` can divide samples so."""
+    if num_folds < 2:
+        raise UsageError(f"num_folds {num_folds}: cross-validation needs at least 2")
+    counts = count_units(labels, len(classes), groups)
+    rarest = int(np.argmin(counts))
+    if (count := counts[rarest]) < num_folds:
+        is_whole = groups is None or count == (labels == rarest).sum()
+        remedy = f"set num_folds to {count} at most, or add some" if count > 1 else "add some"
+        raise UsageError(
+            f"class {classes[rarest]} has {count} {'images' if is_whole else 'groups of images'}, "
+            f"fewer than {num_folds} folds: {remedy}"
+        )
+
+
 def make_folds(
     labels: np.ndarray,
     num_folds: int,
@@ -76,20 +94,7 @@ def make_folds(
     Raises:
         UsageError: there are fewer than two folds, or a class has fewer samples, or groups, than folds.
     """
-    if num_folds < 2:
-        raise UsageError(f"num_folds {num_folds}: cross-validation needs at least 2")
-    counts = count_units(labels, len(classes), groups)
-    rarest = int(np.argmin(counts))
-    if counts[rarest] < num_folds:
-        what = "images" if groups is None else "groups of images"
-        raise UsageError(
-            f"class {classes[rarest]} has {counts[rarest]} {what}, fewer than {num_folds} folds: "
-            + (
-                f"set num_folds to {counts[rarest]} at most, or add some"
-                if counts[rarest] > 1
-                else "add some"
-            )
-        )
+    require_folds(labels, num_folds, classes=classes, groups=groups)
     kind = StratifiedKFold if groups is None else StratifiedGroupKFold
     folds = np.zeros(len(labels), np.int32)
     divide = kind(num_folds, shuffle=True, random_state=seed).split(labels, labels, groups)

@@ -28,6 +28,7 @@ from jaxcls.svm.cross_validation import (
     candidates,
     cross_validate,
     make_folds,
+    require_folds,
 )
 from jaxcls.svm.solver import LinearSVC, as_columns
 
@@ -93,6 +94,9 @@ def fit_svm(
     _check(C, calibrate)
     dataset.require_every_class()
     dataset.class_weights(class_weight)  # a wrong name now, not after the features
+    is_tested = C == "cv" or calibrate is not None or min_precision is not None
+    if is_tested:
+        require_folds(dataset.labels, num_folds, classes=dataset.classes, groups=dataset.groups)
     backbone = as_backbone(backbone)
     dataset, values = features_of(
         backbone,
@@ -120,15 +124,15 @@ def fit_svm(
     }
 
     held_out = None
-    if C == "cv" or calibrate is not None or min_precision is not None:
+    if is_tested:
         folds = make_folds(labels, num_folds, classes=dataset.classes, groups=dataset.groups, seed=seed)
-        tried = candidates(values) if C == "cv" else (C,)
+        tried = (float(C),) if C != "cv" else candidates(values)
         tests = cross_validate(values, labels, folds, tried, class_weights=weights, num_classes=num_classes)
         C, held_out = tests.C[tests.best], _HeldOut(tests.margins[tests.best], labels, folds)
         report(_describe_accuracies(tests, num_folds))
         accuracy = dict(zip(map(str, tests.C), tests.accuracy.tolist(), strict=True))
         provenance["cross_validation"] = {"num_folds": num_folds, "accuracy": accuracy}
-    kernel, bias, solver = _solve(values, labels, C, weights, seed)
+    kernel, bias, solver = _solve(values, labels, float(C), weights, seed)
     report(f"solved by {solver}, C={C:g}")
     provenance |= {"solver": solver, "C": C}
 

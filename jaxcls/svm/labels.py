@@ -58,13 +58,8 @@ def check_labels(
         progress=progress,
         report=report,
     )
-    labels, classes, ids, groups = (
-        dataset.labels,
-        dataset.classes,
-        tuple(dataset.ids.tolist()),
-        dataset.groups,
-    )
-    values = normalize(values)
+    values, labels, groups = normalize(values), dataset.labels, dataset.groups
+    classes, ids = dataset.classes, tuple(dataset.ids.tolist())
     num_folds = max(2, min(MAX_FOLDS, *count_units(labels, len(classes), groups)))
     return find_label_errors(
         out_of_fold(values, labels, classes, ids, C=C, num_folds=num_folds, seed=seed, groups=groups),

@@ -203,7 +203,8 @@ class Dataset:
         """
         classes = tuple(dict.fromkeys((*self.classes, *other.classes)))
         ids = [self.ids, other.ids]
-        if np.intersect1d(self.ids, other.ids).size:
+        # Sets, since NumPy 2.4's unstable sorts of StringDType can end the process (segmentation fault).
+        if not set(self.ids).isdisjoint(other.ids):
             if self.name == other.name:
                 raise DatasetError(f"both datasets are named {self.name} and share ids: rename one of them")
             ids = [np.asarray([f"{part.name}/{i}" for i in part.ids], ID_DTYPE) for part in (self, other)]
@@ -219,8 +220,9 @@ class Dataset:
 
     def group_by_folder(self) -> "Dataset":
         """Photos of one folder become one group, so that `split` keeps each folder on one side."""
-        folders = np.asarray([i.rpartition("/")[0] for i in self.ids], ID_DTYPE)
-        return replace(self, groups=np.unique(folders, return_inverse=True)[1])
+        folders = [i.rpartition("/")[0] for i in self.ids]
+        numbers = {folder: number for number, folder in enumerate(dict.fromkeys(folders))}
+        return replace(self, groups=np.asarray([numbers[folder] for folder in folders], np.int32))
 
     def split(
         self, train_size: float | int = 0.66, *, stratify: bool = True, seed: int = 0

@@ -238,8 +238,11 @@ def test_merge_matches_classes_by_name(kitchen):
 
 def test_merge_bears_ids_that_numpy_cannot_sort():
     """NumPy 2.4 ends the process when it sorts these ids, of type StringDType, with its default sort."""
-    first, second = ([f"{side}{i}" for i in range(n)] for side, n in (("b", 2527), ("a", 1200)))
-    merged = make_dataset(sorted(first), [0] * 2527).merge(make_dataset(sorted(second), [0] * 1200))
+    first, second = (
+        make_dataset(sorted(f"{side}{i}" for i in range(count)), [0] * count, items=[photo(0)] * count)
+        for side, count in (("b", 2527), ("a", 1200))
+    )
+    merged = first.merge(second)
     assert len(merged) == len(merged.group_by_folder()) == 3727
 
 

@@ -5,6 +5,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from uuid import uuid4
 
 import jax
 import numpy as np
@@ -78,7 +79,8 @@ def features_of(
             f"the features of {num_bad} of {len(dataset)} images are not finite: the network's weights are "
             "damaged or have diverged"
         )
-    if folder is not None and new:
+    # One without a digest could be read the second time only.
+    if folder is not None and (new := [i for i in new if digests[i]]):
         _write(folder, [digests[i] for i in new], values[new])
     return dataset, values
 
@@ -137,6 +139,9 @@ def _write(folder: Path, digests: Sequence[bytes], values: NDArray[np.float32]) 
     rows = np.frombuffer(b"".join(digests), np.uint8).reshape(len(digests), -1)
     content = save({"digests": rows, "values": values})
     path = make_private_folder(folder) / f"{hashlib.sha256(content).hexdigest()}{SUFFIX}"
-    partial = path.with_suffix(".partial")
-    partial.write_bytes(content)
-    partial.replace(path)
+    partial = path.with_suffix(f".{uuid4().hex}")  # another process may write the same
+    try:
+        partial.write_bytes(content)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)

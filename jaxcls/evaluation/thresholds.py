@@ -26,8 +26,7 @@ def choose_thresholds(
     Raises:
         UsageError: a precision outside (0, 1].
     """
-    if not 0 < min_precision <= 1:
-        raise UsageError(f"min_precision {min_precision}: must be above 0 and at most 1")
+    require_precision(min_precision)
     predicted = scores.argmax(1)
     thresholds = np.full(scores.shape[1], NEVER, np.float32)
     for label in range(scores.shape[1]):
@@ -40,6 +39,12 @@ def choose_thresholds(
         if (enough := np.flatnonzero((precision >= min_precision) & is_last)).size:
             thresholds[label] = values[enough[-1]]
     return thresholds
+
+
+def require_precision(min_precision: float) -> None:
+    """Raise UsageError unless it lies in (0, 1]."""
+    if not 0 < min_precision <= 1:
+        raise UsageError(f"min_precision {min_precision}: must be above 0 and at most 1")
 
 
 def calibration_error(probabilities: NDArray[np.float32], labels: np.ndarray, num_bins: int = 15) -> float:

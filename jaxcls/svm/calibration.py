@@ -39,7 +39,7 @@ def fit_calibrator(method: Calibration, margins: NDArray[np.float32], labels: np
 
     "temperature" has the least log-loss of softmax(margin / T): Guo et al., "On Calibration of Modern Neural
     Networks", ICML 2017. "sigmoid" is Platt's, "Probabilistic Outputs for Support Vector Machines", 1999,
-    with his smoothed targets, for each class against the rest; as scikit-learn's CalibrationdClassifierCV.
+    with his smoothed targets, for each class against the rest; as scikit-learn's CalibratedClassifierCV.
 
     Args:
         method: which.
@@ -48,13 +48,15 @@ def fit_calibrator(method: Calibration, margins: NDArray[np.float32], labels: np
     """
     wide = margins.astype(np.float64)
     num_classes = wide.shape[1]
+    # Of one scale whatever C and the features: the search has bounds and tolerances of its own.
+    scale = np.sqrt(np.mean(wide**2)) or 1.0
+    wide /= scale
     if method == "temperature":
-        return Calibrator(
-            method, np.full(num_classes, _inverse_temperature(wide, labels)), np.zeros(num_classes)
-        )
+        slope = np.full(num_classes, _inverse_temperature(wide, labels))
+        return Calibrator(method, slope / scale, np.zeros(num_classes))
     sigmoids = [_sigmoid(column, labels == label) for label, column in enumerate(wide.T)]
     slope, intercept = np.array(sigmoids).T
-    return Calibrator(method, slope, intercept)
+    return Calibrator(method, slope / scale, intercept)
 
 
 def _inverse_temperature(margins: NDArray[np.float64], labels: np.ndarray) -> float:

@@ -16,7 +16,7 @@ from sklearn.svm import LinearSVC as Liblinear
 from jaxcls.classifier import Calibration, Classifier, Head, as_backbone
 from jaxcls.data.dataset import Dataset
 from jaxcls.errors import UsageError
-from jaxcls.evaluation.thresholds import NEVER, calibration_error, choose_thresholds
+from jaxcls.evaluation.thresholds import NEVER, calibration_error, choose_thresholds, require_precision
 from jaxcls.feature_cache import Report, features_of
 from jaxcls.models.precision import Precision
 from jaxcls.models.pretrained import Backbone
@@ -91,7 +91,7 @@ def fit_svm(
         ClassifierError: features that are not finite.
         UsageError: an option that cannot be, or a class with fewer photos than folds.
     """
-    _check(C, calibrate)
+    _check(C, calibrate, min_precision)
     dataset.require_every_class()
     dataset.class_weights(class_weight)  # a wrong name now, not after the features
     is_tested = C == "cv" or calibrate is not None or min_precision is not None
@@ -181,7 +181,7 @@ class _HeldOut(NamedTuple):
         return fit_calibrator(method, self.scores, self.labels), self._replace(scores=scores), errors
 
 
-def _check(C: float | str, calibrate: str | None) -> None:  # noqa: N803
+def _check(C: float | str, calibrate: str | None, min_precision: float | None) -> None:  # noqa: N803
     if isinstance(C, str) and C != "cv":
         raise UsageError(f"C {C!r}: give a number above 0, or 'cv'")
     if not isinstance(C, str) and not 0 < C < math.inf:
@@ -190,6 +190,8 @@ def _check(C: float | str, calibrate: str | None) -> None:  # noqa: N803
         raise UsageError(
             f"calibrate {calibrate!r}: choose one of {', '.join(get_args(Calibration))}, or None"
         )
+    if min_precision is not None:
+        require_precision(min_precision)
 
 
 def _solve(
@@ -211,9 +213,12 @@ def _solve(
         machine = LinearSVC(C=C, class_weight=by_label)
     with warnings.catch_warnings(record=True, action="always", category=ConvergenceWarning) as caught:
         machine.fit(values, labels)
+    for other in caught:
+        if not issubclass(other.category, ConvergenceWarning):
+            warnings.warn_explicit(other.message, other.category, other.filename, other.lineno)
     # A fit short of convergence is a result all the same, also where warnings are errors.
     with warnings.catch_warnings(action="always", category=ConvergenceWarning):
-        if caught:
+        if any(issubclass(other.category, ConvergenceWarning) for other in caught):
             warnings.warn(
                 f"the SVM had not converged after {machine.n_iter_} iterations: it can be used as it is; "
                 "a smaller C or normalized features converge sooner",

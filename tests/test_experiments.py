@@ -147,3 +147,64 @@ def test_copies_count_as_found_beside_their_original():
     ids = np.asarray(["a", "b", "c"])[shown]
     assert wrongly_joined(groups, ids, frozenset()) == [["a", "b"], ["b", "c"]]
     assert wrongly_joined(groups, ids, frozenset([frozenset("ab")])) == [["b", "c"]]
+
+
+def test_interval_draws_photos_of_a_group_together():
+    from experiments.svm_baseline import bootstrap
+
+    labels, groups = np.array([0] * 30 + [1] * 10, np.int32), np.arange(40, dtype=np.int32)
+    seen, right = np.full(40, 2), np.array([2] * 27 + [0] * 3 + [2] * 5 + [1] * 5)
+    apart = bootstrap(right, seen, labels, groups)
+    assert apart["micro"]["value"] == 69 / 80
+    assert apart["macro"]["value"] == pytest.approx((0.9 + 0.75) / 2)
+    rate = right / seen
+    assert apart["micro"]["high"] - apart["micro"]["low"] == pytest.approx(
+        2 * 1.96 * rate.std() / 40**0.5, rel=0.1
+    )
+    together = bootstrap(right, seen, labels, groups // 5)
+    assert together["micro"]["value"] == apart["micro"]["value"]
+    assert together["micro"]["low"] < apart["micro"]["low"]
+    seen[30:], right[30:] = 0, 0
+    assert bootstrap(right, seen, labels, groups)["macro"] == bootstrap(right, seen, labels, groups)["micro"]
+
+
+def test_runs_go_on_only_under_the_same_settings(tmp_path):
+    from experiments.recording import write_result
+    from experiments.svm_baseline import read_runs
+    from jaxcls.errors import UsageError
+
+    path = tmp_path / "result.json"
+    assert read_runs(path, {"num_epochs": 1}) == read_runs(None, {"num_epochs": 1}) == []
+    write_result(path, {"settings": {"num_epochs": 1}, "runs": [{"method": "svm", "seed": 0}]})
+    assert read_runs(path, {"num_epochs": 1}) == [{"method": "svm", "seed": 0}]
+    with pytest.raises(UsageError, match="other settings"):
+        read_runs(path, {"num_epochs": 2})
+
+
+@pytest.mark.slow
+def test_svm_next_to_fine_tuning(tmp_path, weights):
+    photos = write_photos(tmp_path / "photos", {"blue": 12, "red": 12})
+    command = (
+        "svm_baseline", photos, "--weights", weights / "resnet18.safetensors", "--image-size", 32,
+        "--num-epochs", 1, "--num-folds", 3, "--out", tmp_path / "result.json", "--num-seeds",
+    )  # fmt: skip
+    assert "head, seed 0" in run(*command, 1)
+    out = run(*command, 2)
+    assert "head, seed 0" not in out
+    assert "head, seed 1" in out
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert {"command", "device", "versions"} <= set(result["conditions"])
+    assert result["settings"]["num_groups"] == 24
+    assert [(row["method"], row["seed"]) for row in result["runs"]] == [
+        (method, seed) for seed in (0, 1) for method in ("svm", "head", "full")
+    ]
+    for row in result["runs"]:
+        assert (row["num_train"], row["num_test"]) == (15, 9)
+        assert row["micro"] == pytest.approx(1 - len(row["wrong"]) / 9)
+        assert row["images_per_second"] > 0
+    for row in result["summary"]:
+        accuracies = [one["micro"] for one in result["runs"] if one["method"] == row["method"]]
+        assert row["micro"]["value"] == pytest.approx(np.mean(accuracies))
+        for average in ("micro", "macro"):
+            assert 0 <= row[average]["low"] <= row[average]["value"] <= row[average]["high"] <= 1
+    assert [set(row["seconds"]) for row in result["summary"]] == [{"features", "solve"}, {"train"}, {"train"}]

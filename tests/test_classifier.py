@@ -10,10 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
+from scipy.special import expit
 
 from jaxcls.classifier import (
     Classifier,
     Head,
+    apply_head,
     create_model,
     imagenet_classifier,
     load,
@@ -145,6 +147,8 @@ EDITS = {
     "a mean of two": {"preprocess": {"mean": [0.5, 0.5]}},
     "an unknown field of preprocess": {"preprocess": {"gamma": 1}},
     "an unknown kind": {"head": {"kind": "votes"}},
+    "an unknown calibration": {"head": {"kind": "probability", "calibration": "isotonic"}},
+    "logits that are calibrated": {"head": {"calibration": "sigmoid"}},
     "too few thresholds": {"head": {"thresholds": [0.5]}},
     "thresholds that are text": {"head": {"thresholds": "high"}},
     "no head": {"head": None},
@@ -262,6 +266,70 @@ def test_below_its_threshold_a_class_is_not_predicted(classifier):
         np.testing.assert_array_equal(predictions.abstained, [predicted == -1, False])
 
 
+def as_probabilities(products, calibration):
+    """By the formulas, in float64."""
+    chances = (
+        np.exp(products.astype(float)) if calibration == "temperature" else expit(products.astype(float))
+    )
+    return chances / chances.sum(1, keepdims=True)
+
+
+@pytest.mark.parametrize("calibration", [pytest.param("temperature", marks=pytest.mark.slow), "sigmoid"])
+def test_a_calibrated_classifier_is_saved_loaded_and_scores_alike(classifier, saved, tmp_path, calibration):
+    head = replace(classifier.head, kind="probability", calibration=calibration)
+    path = replace(classifier, head=head).save(tmp_path / "calibrated")
+    loaded = load(path)
+    assert (loaded.head.kind, loaded.head.calibration) == ("probability", calibration)
+    expected = as_probabilities(load_parity(saved)[1], calibration)
+    np.testing.assert_allclose(load_parity(path)[1], expected, rtol=1e-5)
+    assert check_parity(loaded, path) <= 1e-5
+    uncalibrated = replace(loaded, head=replace(loaded.head, calibration=None))
+    with pytest.raises(ClassifierError, match="scores differ from the saved ones"):
+        check_parity(uncalibrated, path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("calibration", ["temperature", "sigmoid"])
+def test_a_calibrated_classifier_folded_in_bfloat16_keeps_parity(classifier, tmp_path, calibration):
+    for slope in (1.0, 10.0):
+        kernel = slope * classifier.head.kernel
+        head = replace(classifier.head, kernel=kernel, kind="probability", calibration=calibration)
+        steep = replace(classifier, head=head)
+        path = steep.save(tmp_path / "calibrated")
+        assert 0 < check_parity(steep, path, "bfloat16") <= 5e-2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("calibration", ["temperature", "sigmoid"])
+def test_predictions_of_a_calibrated_classifier_are_probabilities(classifier, calibration):
+    head = replace(classifier.head, kind="probability", calibration=calibration)
+    predictions = predict(replace(classifier, head=head), [IMAGE[0]])
+    products = predict(classifier, [IMAGE[0]]).scores
+    assert predictions.kind == "probability"
+    np.testing.assert_allclose(predictions.scores, as_probabilities(products, calibration), rtol=1e-5)
+    np.testing.assert_array_equal(predictions.probabilities(), predictions.scores)
+
+
+@pytest.mark.parametrize("calibration", ["temperature", "sigmoid"])
+def test_apply_head_calibrates_by_the_formulas(calibration):
+    rng = np.random.default_rng(0)
+    features = 3 * rng.standard_normal((20, 5), np.float32)
+    weights = {"kernel": rng.standard_normal((5, 4), np.float32), "bias": rng.standard_normal(4, np.float32)}
+    scores = np.asarray(apply_head(weights, features, calibration=calibration))
+    products = features @ weights["kernel"] + weights["bias"]
+    np.testing.assert_allclose(scores, as_probabilities(products, calibration), rtol=1e-4, atol=1e-7)
+    np.testing.assert_allclose(scores.sum(1), 1, rtol=1e-5)
+
+
+@pytest.mark.parametrize("calibration", ["temperature", "sigmoid"])
+@pytest.mark.parametrize("product", [-1e4, -100.0, 100.0, 1e4])
+def test_certainty_is_finite(calibration, product):
+    """A logistic function is 0 in float32 below -104: of three such classes none is likelier."""
+    weights = {"kernel": np.zeros((5, 3), np.float32), "bias": np.full(3, product, np.float32)}
+    scores = np.asarray(apply_head(weights, np.zeros((1, 5), np.float32), calibration=calibration))
+    np.testing.assert_allclose(scores, np.full((1, 3), 1 / 3), rtol=1e-5)
+
+
 def test_create_model_is_random_by_seed_and_shaped_by_name():
     models = [create_model("resnet18", 2, image_size=64, seed=seed) for seed in (0, 0, 1)]
     assert models[0].classes == ("class 0", "class 1")
@@ -282,6 +350,8 @@ def test_create_model_is_random_by_seed_and_shaped_by_name():
         lambda: Head(np.zeros((4, 2)), np.zeros(3)),
         lambda: Head(np.zeros(4), np.zeros(4)),
         lambda: Head(np.zeros((4, 2)), np.zeros(2), kind="votes"),
+        lambda: Head(np.zeros((4, 2)), np.zeros(2), kind="probability", calibration="isotonic"),
+        lambda: Head(np.zeros((4, 2)), np.zeros(2), kind="margin", calibration="sigmoid"),
         lambda: Head(np.zeros((4, 2)), np.zeros(2), thresholds=np.zeros(3)),
     ],
 )

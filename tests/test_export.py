@@ -115,6 +115,33 @@ def test_the_weights_are_arguments(exported, tmp_path):
     np.testing.assert_allclose(load_program(path)(IMAGES), expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("calibration", ["temperature", "sigmoid"])
+def test_a_program_calibrates(classifier, live_scores, tmp_path, calibration):
+    head = replace(classifier.head, kind="probability", calibration=calibration)
+    calibrated = replace(classifier, head=head)
+    path = calibrated.save(tmp_path / "calibrated")
+    calibrated.export(path, ["cpu"])
+    chances = np.exp(live_scores) if calibration == "temperature" else 1 / (1 + np.exp(-live_scores))
+    expected = chances / chances.sum(1, keepdims=True)
+    np.testing.assert_allclose(load_program(path)(IMAGES), expected, rtol=1e-4)
+    with pytest.raises(ClassifierError, match="holds another classifier: save this one"):
+        classifier.export(path, ["cpu"])
+
+
+def test_what_the_hub_folder_says_of_calibrated_scores(classifier, tmp_path):
+    def notes(**changes):
+        return replace(classifier, head=replace(classifier.head, **changes)).hub_notes
+
+    assert notes(kind="probability", calibration="temperature") == ()  # their softmax is the probability
+    (note,) = notes(kind="probability", calibration="sigmoid")
+    assert "the logistic function, divided by its sum over the classes" in note
+    assert "no probability" in notes(kind="margin")[0]
+    head = replace(classifier.head, kind="probability", calibration="sigmoid")
+    path = replace(classifier, head=head).export_hub(tmp_path / "hub")
+    assert note in (path / "README.md").read_text(encoding="utf-8")
+
+
 def test_other_images_are_refused(exported):
     score = load_program(exported)
     for images in (IMAGES.astype(np.float32), IMAGES[0], IMAGES[:, :31], IMAGES[..., :1]):

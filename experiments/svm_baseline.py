@@ -1,6 +1,6 @@
 """An SVM on frozen features next to fine-tuning, of the head alone and of the whole network.
 
-    python -m experiments.svm_baseline PHOTOS --weights resnet18.safetensors --num-folds 3 --out results.json
+    python -m experiments.svm_baseline PHOTOS --weights resnet18.safetensors --num-folds 3 --num-seeds 3
 
 A seed decides the split, the SVM's folds, and the head, order, views and dropout of fine-tuning. Photos that
 show the same are never split apart. The SVM's C is chosen by cross-validation on the training photos;
@@ -13,6 +13,11 @@ include compiling, unless the program was kept from before. Images/s are those t
 training photos by the time for their features; in fine-tuning those of the median epoch.
 
 The result file is written anew after every run; runs that it holds already are not repeated.
+
+On AMLPCV's 63 tableware photos, with ResNet-18 at 224 px on 2 CPU cores beside other work, expect macro
+accuracies of 0.958 (SVM), 0.917 (head alone) and 0.958 (whole network), n=3 seeds, 22 test photos each: 1, 2
+and 1 wrong answers of 66, differences that the intervals (0.833, 0.750 and 0.833 to 1) do not tell from chance.
+Training took 6, 79 and 251 s. The figures lie in `results/tableware_svm_baseline_resnet18.json`.
 """
 
 import json

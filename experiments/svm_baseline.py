@@ -16,7 +16,7 @@ The result file is written anew after every run; runs that it holds already are 
 
 On AMLPCV's 63 tableware photos, with ResNet-18 at 224 px on 2 CPU cores beside other work, expect macro
 accuracies of 0.958 (SVM), 0.917 (head alone) and 0.958 (whole network), n=3 seeds, 22 test photos each: 1, 2
-and 1 wrong answers of 66, differences that the intervals (0.833, 0.750 and 0.833 to 1) do not tell from chance.
+and 1 wrong answers of 66, too few to tell the methods apart (intervals from 0.833, 0.750 and 0.833 to 1).
 Training took 6, 79 and 251 s. The figures lie in `results/tableware_svm_baseline_resnet18.json`.
 """
 

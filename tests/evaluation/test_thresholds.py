@@ -4,8 +4,13 @@ import numpy as np
 import pytest
 
 from jaxcls.errors import UsageError
-from jaxcls.evaluation.thresholds import NEVER, calibration_error, choose_thresholds, require_precision
-from jaxcls.scoring import are_below
+from jaxcls.evaluation.thresholds import (
+    NEVER,
+    are_below,
+    calibration_error,
+    choose_thresholds,
+    require_precision,
+)
 
 
 def scores_of(*pairs):
@@ -73,13 +78,13 @@ def test_a_precision_that_cannot_be(min_precision):
 
 def test_calibration_error_by_hand():
     """Five bins. [0.6, 0.8): 0.62 right, 0.7 wrong, 0.72 wrong: |1 - 2.04| = 1.04 in sums.
-    [0.8, 1]: 0.9 right, 1.0 right: |2 - 1.9| = 0.1. (1.04 + 0.1) / 5 = 0.228."""
+    [0.8, 1]: 0.9 right, 1.0 wrong: |1 - 1.9| = 0.9. (1.04 + 0.9) / 5 = 0.388."""
     best = np.array([0.62, 0.7, 0.72, 0.9, 1.0])
     probabilities = np.stack([best, 1 - best], axis=1).astype(np.float32)
-    labels = np.array([0, 1, 1, 0, 0])
-    assert calibration_error(probabilities, labels, num_bins=5) == pytest.approx(0.228, abs=1e-6)
-    # One bin: 3 right of 5 against a sum of 3.94.
-    assert calibration_error(probabilities, labels, num_bins=1) == pytest.approx(0.94 / 5, abs=1e-6)
+    labels = np.array([0, 1, 1, 0, 1])
+    assert calibration_error(probabilities, labels, num_bins=5) == pytest.approx(0.388, abs=1e-6)
+    # One bin: 2 right of 5 against a sum of 3.94.
+    assert calibration_error(probabilities, labels, num_bins=1) == pytest.approx(1.94 / 5, abs=1e-6)
 
 
 def test_calibration_error_of_the_certain_and_of_the_calibrated():

@@ -87,21 +87,21 @@ def test_margins_and_the_best_c_are_scikit_learns(num_classes, class_weights):
         np.testing.assert_array_equal(tight.margins[..., 0], -tight.margins[..., 1])
 
 
-def test_batches_of_c_do_not_matter(tight, monkeypatch):
+def test_batches_of_folds_do_not_matter(tight, monkeypatch):
     values, labels, folds, whole = tight
     solved = []
-    solve = cross_validation._held_out_margins
-    monkeypatch.setattr(cross_validation, "_held_out_margins", lambda *a: solved.append(a[3]) or solve(*a))
-    for most in (len(labels) * 3 * 2, 1):  # one C's share, and less
+    solve = cross_validation._solve
+    monkeypatch.setattr(cross_validation, "_solve", lambda *a: solved.append(len(a[3])) or solve(*a))
+    for most, expected in ((len(labels) * 3 * 3, [3, 1]), (1, [1, 1, 1, 1])):
         solved.clear()
         monkeypatch.setattr(cross_validation, "MAX_CELLS", most)
         found = cross_validate_tightly(values, labels, folds, WEIGHTS)
-        assert solved == [(C,) for C in TRIED]
+        assert solved == expected
         np.testing.assert_allclose(found.margins, whole.margins, atol=5e-3)
         np.testing.assert_array_equal(found.accuracy, whole.accuracy)
 
 
-def test_the_preconditioner_changes_the_way_and_not_the_goal(tight, monkeypatch):
+def test_the_goal_is_the_same_without_a_preconditioner(tight, monkeypatch):
     values, labels, folds, preconditioned = tight
     monkeypatch.setattr(samples_module, "MAX_SPECTRUM", 0)
     samples = samples_module.Samples(values, labels, np.ones(len(labels)), constant=1.0, num_problems=1)

@@ -47,8 +47,8 @@ LIMITS: Mapping[tuple[str, str], str] = {
     (
         "SVM, 20,000 x 2048, 10 classes, random features",
         "cpu",
-    ): "half of the seconds decompose the second moments of the features, for the preconditioner; the cores were "
-    "shared with other work, from which two threads suffer more than liblinear's one",
+    ): "half of the seconds decompose the features' second moments, for the preconditioner; the two cores were "
+    "shared with other work",
     (
         "input pipeline, JPEGs of 500 px",
         "cpu",

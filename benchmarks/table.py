@@ -47,7 +47,7 @@ LIMITS: Mapping[tuple[str, str], str] = {
     (
         "SVM, 20,000 x 2048, 10 classes, random features",
         "cpu",
-    ): "half of the seconds decompose the features' second moments, for the preconditioner; the two cores were "
+    ): "half of the seconds decompose the features' second moments, for the preconditioner; the cores were "
     "shared with other work",
     (
         "input pipeline, JPEGs of 500 px",

@@ -349,7 +349,7 @@ def test_another_warning_is_not_taken_for_it(backbone, drawn, monkeypatch):
 
 def test_photos_of_one_group_stay_in_one_fold(backbone, drawn):
     dataset, _ = drawn
-    message = "class a has 1 groups of images, fewer than 2 folds"
+    message = "class a has 1 groups? of images, fewer than 2 folds"
     with pytest.raises(UsageError, match=message):
         fit_svm(replace(dataset, groups=dataset.labels), backbone, C="cv", num_folds=2)
 

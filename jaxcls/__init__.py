@@ -16,6 +16,7 @@ with epy.lazy_api_imports(globals()):
         data,
         errors,
         evaluation,
+        feature_cache,
         manifest,
         models,
         parallel,

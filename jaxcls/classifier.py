@@ -336,7 +336,7 @@ def load(path: str | Path) -> Classifier:
                 weights["head"]["bias"],
                 head["kind"],
                 head["normalize"],
-                head["calibration"],
+                head.get("calibration"),
                 None if thresholds is None else np.asarray(thresholds, np.float32),
             ),
             classes=classes,
@@ -447,13 +447,15 @@ def apply_head(
         features /= jnp.maximum(jnp.linalg.norm(features, axis=-1, keepdims=True), 1e-12)
     # The product is tiny; HIGHEST keeps accelerators from rounding its inputs.
     scores = jnp.dot(features, head["kernel"], precision="highest") + head["bias"][None, :]
-    match calibration:
-        case "temperature":
-            return jax.nn.softmax(scores)
-        case "sigmoid":
-            chances = jnp.maximum(jax.nn.sigmoid(scores), jnp.finfo(scores.dtype).tiny)
-            return chances / chances.sum(-1, keepdims=True)
-    return scores
+    return scores if calibration is None else calibrated(scores, calibration)
+
+
+def calibrated(scores: jax.Array, calibration: Calibration) -> jax.Array:
+    """Probabilities [B, K] of a calibrated head's products [B, K]."""
+    if calibration == "temperature":
+        return jax.nn.softmax(scores)
+    chances = jnp.maximum(jax.nn.sigmoid(scores), jnp.finfo(scores.dtype).tiny)
+    return chances / chances.sum(-1, keepdims=True)
 
 
 def init_head(key: jax.Array, num_features: int, num_classes: int) -> dict[str, jax.Array]:

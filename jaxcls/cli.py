@@ -148,18 +148,19 @@ class TrainingCommand(PhotoCommand):
     def divide(self) -> tuple[jaxcls.Dataset, jaxcls.Dataset | None]:
         """Training and test set."""
         photos = self.read(self.data, skip_bad=self.skip_bad)
+        duplicates = find_duplicates(photos) if self.split.group_duplicates else None
+        if duplicates is not None:
+            photos = replace(photos, groups=duplicates.groups)
+            if duplicates.num_exact or duplicates.num_near:
+                _note(duplicates.summary().partition("\n")[0])
         if self.split.test_data is not None:
             return photos, self.read(self.split.test_data, photos.classes, skip_bad=self.skip_bad)
         size = self.split.train_size
         if size == 1:
             return photos, None
-        size, seed = int(size) if size > 1 else size, self.split.split_seed
-        if not self.split.group_duplicates:
-            return photos.split(size, seed=seed)
-        duplicates = find_duplicates(photos)
-        if duplicates.num_exact or duplicates.num_near:
-            print(duplicates.summary().partition("\n")[0], file=sys.stderr)
-        train, test = replace(photos, groups=duplicates.groups).split(size, seed=seed)
+        train, test = photos.split(int(size) if size > 1 else size, seed=self.split.split_seed)
+        if duplicates is None:
+            return train, test
         # There are some only where photos form a chain, each like the next, and no group holds all of it.
         twins = duplicates.twins(np.isin(photos.ids, test.ids))
         if twins:
@@ -197,6 +198,9 @@ class Info(PhotoCommand):
     start: OmitArgPrefixes[BackboneOptions] = field(default_factory=BackboneOptions)
 
     def run(self) -> int:
+        asked = self.duplicates or self.label_errors or self.test_data is not None
+        if asked and (self.path is None or _is_classifier(self.path)):
+            raise UsageError("--duplicates, --test-data and --label-errors go with a folder of photos")
         if self.path is None:
             print(_describe_installation())
         elif _is_classifier(self.path):
@@ -284,7 +288,7 @@ class Svm(TrainingCommand):
             raise UsageError(f"{self.out} exists and is no saved classifier: choose another path")
         train, test = self.divide()
         if test is not None and test.groups is None and (twins := find_leakage(train, test)):
-            print(describe_leakage(twins, len(test)), file=sys.stderr)
+            _note(describe_leakage(twins, len(test)))
         classifier = jaxcls.fit_svm(
             train,
             self.start.load(),

@@ -23,6 +23,10 @@ from jaxcls.storage import make_private_folder
 
 Report = Callable[[str], object]
 SUFFIX = ".safetensors"
+VERSION = 1
+"""Of what decoding, resizing and the network make of a photo: to be raised when that changes."""
+PER_FILE = 2**14
+"""Photos whose features are kept at once: what an interrupted extraction has to do again."""
 
 
 def features_of(
@@ -39,7 +43,7 @@ def features_of(
     """The photos that can be read, and their features float32 [N, D].
 
     Kept are features by the photo's bytes, below a folder for each backbone: its weights, preprocessing and
-    precision. A file there is named by the sha256 of what it holds; one that does not fit is passed over.
+    precision. A file there is named by the sha256 of what it holds; one that does not fit is deleted.
 
     Args:
         backbone: the network.
@@ -67,21 +71,22 @@ def features_of(
     if folder is not None:
         report(f"features of {len(dataset) - len(new)} of {len(dataset)} images were kept from before")
     values = np.empty((len(dataset), backbone.num_features), np.float32)
-    if new:
-        values[new], _, _ = extract_features(
-            backbone, dataset.select(new), num_workers=num_workers, precision=precision, progress=progress
-        )
     for i, digest in enumerate(digests):
         if digest in known:
             values[i] = known[digest]
-    if num_bad := int((~np.isfinite(values).all(1)).sum()):
-        raise ClassifierError(
-            f"the features of {num_bad} of {len(dataset)} images are not finite: the network's weights are "
-            "damaged or have diverged"
+    for start in range(0, len(new), PER_FILE):
+        some = new[start : start + PER_FILE]
+        values[some], _, _ = extract_features(
+            backbone, dataset.select(some), num_workers=num_workers, precision=precision, progress=progress
         )
-    # One without a digest could be read the second time only.
-    if folder is not None and (new := [i for i in new if digests[i]]):
-        _write(folder, [digests[i] for i in new], values[new])
+        if num_bad := int((~np.isfinite(values[some]).all(1)).sum()):
+            raise ClassifierError(
+                f"the features of {num_bad} of {len(some)} images are not finite: the network's weights are "
+                "damaged or have diverged"
+            )
+        # One without a digest could be read the second time only.
+        if folder is not None and (readable := [i for i in some if digests[i]]):
+            _write(folder, [digests[i] for i in readable], values[readable])
     return dataset, values
 
 
@@ -104,6 +109,7 @@ def _digests(dataset: Dataset, progress: bool) -> list[bytes]:
 
 def _backbone_digest(backbone: Backbone, precision: Precision) -> str:
     conditions = [
+        VERSION,
         backbone.architecture,
         backbone.preprocess.to_json(),
         np.dtype(compute_dtype(precision)).name,
@@ -119,16 +125,19 @@ def _read(
 ) -> Iterator[tuple[bytes, NDArray[np.float32]]]:
     """Digests of photos and their features, of those wanted."""
     for path in sorted(folder.glob(f"*{SUFFIX}")):
-        content = path.read_bytes()
         try:
+            content = path.read_bytes()
             if hashlib.sha256(content).hexdigest() != path.stem:
                 raise ValueError("its content is not what was written")
             arrays = load(content)
             digests, values = arrays["digests"], arrays["values"]
             if values.shape != (len(digests), num_features):
                 raise ValueError(f"it holds features {list(values.shape)}")
+        except FileNotFoundError:  # another process was faster in deleting it
+            continue
         except (SafetensorError, KeyError, ValueError) as error:
-            report(f"{path} is of no use and passed over: {error}")
+            report(f"{path} is of no use and deleted: {error}")
+            path.unlink(missing_ok=True)
             continue
         for digest, row in zip(digests, values, strict=True):
             if digest.tobytes() in wanted:

@@ -16,6 +16,7 @@ from jaxcls.classifier import Classifier, Forward, as_backbone, compare_with_par
 from jaxcls.data.dataset import UNLABELLED, Dataset, from_items
 from jaxcls.data.source import Item
 from jaxcls.errors import ImageError, UsageError
+from jaxcls.evaluation.thresholds import are_below
 from jaxcls.models.convolution import compiler_options
 from jaxcls.models.fold import fold_batch_norm
 from jaxcls.models.precision import Precision, compute_dtype
@@ -254,9 +255,3 @@ def _as_dataset(images: Items) -> Dataset:
     if not len(dataset):
         raise UsageError("no images to score")
     return dataset
-
-
-def are_below(scores: np.ndarray, thresholds: np.ndarray) -> np.ndarray:
-    """bool [N]: where the best of scores [N, K] lies below its threshold, of [K]."""
-    best = np.nan_to_num(scores, nan=-np.inf).argmax(axis=1)
-    return scores[np.arange(len(scores)), best] < thresholds[best]

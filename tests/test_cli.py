@@ -233,7 +233,7 @@ def test_more_folds_than_photos(capsys, folder, svm):
 
 
 def test_class_with_one_image(capsys, folder):
-    write_photos(folder, {"green": 1})
+    write_photos(folder, {"green": 1}, seed=1)
     fails(capsys, 1, ["train", str(folder)], "class green has a single image", "stratif")
 
 

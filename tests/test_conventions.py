@@ -120,6 +120,9 @@ def test_stages_are_counted_alike():
         "train.reporters",
         "svm.fit",
         "serving.client",
+        "svm.solver",
+        "evaluation.thresholds",
+        "feature_cache",
     ],
 )
 def test_modules_are_reached_through_the_package(path):

@@ -175,7 +175,7 @@ def test_a_damaged_file_is_passed_over_said_and_made_good(folder, backbone, cach
     np.testing.assert_array_equal(values, colours(dataset))
     assert len(passes) == 2
     assert f"{cache}" in said[0]
-    assert "is of no use and passed over: " in said[0]
+    assert "is of no use and deleted: " in said[0]
     assert said[1:] == ["features of 0 of 4 images were kept from before"]
     assert whole.is_file()
     features_of(backbone, dataset, cache, report=said.append)

@@ -1,6 +1,6 @@
 """What a classifier's predictions are worth. Knows `Predictions`; neither models nor JAX."""
 
-from jaxcls.evaluation import label_errors, metrics, neighbours, plots
+from jaxcls.evaluation import label_errors, metrics, neighbours, plots, thresholds
 from jaxcls.evaluation.label_errors import LabelErrors, find_label_errors
 from jaxcls.evaluation.metrics import Evaluation, evaluate
 from jaxcls.evaluation.neighbours import score_by_neighbours
@@ -15,4 +15,5 @@ __all__ = [
     "neighbours",
     "plots",
     "score_by_neighbours",
+    "thresholds",
 ]

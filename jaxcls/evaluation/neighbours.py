@@ -24,7 +24,8 @@ def score_by_neighbours(
     """Let each image's nearest neighbours vote on its class; its own label has no say.
 
     Neighbours are those of largest cosine similarity. A probability is (votes + share) / (voters + 1), where
-    the share is that of the class among all labels: what the image would get without neighbours.
+    the share is that of the class among all labels: what the image would get without neighbours. All N^2
+    similarities are computed, in blocks.
 
     Args:
         values: [N, D], features as of `extract_features`; finite.
@@ -55,23 +56,25 @@ def score_by_neighbours(
     if not np.isfinite(values).all():
         raise UsageError("features are not finite: the weights have diverged or are damaged")
     directions = values / np.maximum(np.linalg.norm(values, axis=1, keepdims=True), np.finfo(np.float32).tiny)
-    one_hot = np.eye(K, dtype=np.float32)[labels[voters]]
-    shares = one_hot.mean(axis=0)
+    shares = np.bincount(labels[voters], minlength=K) / len(voters)
     scores = np.empty((N, K), np.float32)
     for rows in np.array_split(np.arange(N), -(-N * len(voters) // MAX_CELLS)):
         similarities = directions[rows] @ directions[voters].T
         similarities[own_groups[rows, None] == own_groups[voters]] = -np.inf
-        votes = _nearest(similarities, num_neighbours) @ one_hot
+        votes = _count_votes(similarities, labels[voters], K, num_neighbours)
         scores[rows] = (votes + shares) / (votes.sum(axis=1, keepdims=True) + 1)
     return Predictions(
         scores, "probability", tuple(classes), tuple(ids), labels.astype(np.int32), np.zeros(N, np.bool_)
     )
 
 
-def _nearest(similarities: NDArray[np.float32], count: int) -> NDArray[np.float32]:
-    """1 where a similarity is among the largest `count` of its row and finite, else 0; [n, M] both."""
-    count = min(count, similarities.shape[1])
+def _count_votes(
+    similarities: NDArray[np.float32], labels: NDArray[np.int32], num_classes: int, count: int
+) -> NDArray[np.int64]:
+    """[n, K]: the labels [M] of the largest `count` of each row of similarities [n, M], if finite."""
+    count = min(count, len(labels))
     largest = np.argpartition(-similarities, count - 1, axis=1)[:, :count]
-    chosen = np.zeros_like(similarities)
-    np.put_along_axis(chosen, largest, 1, axis=1)
-    return np.where(np.isfinite(similarities), chosen, 0)
+    rows, places = np.nonzero(np.isfinite(np.take_along_axis(similarities, largest, axis=1)))
+    votes = np.zeros((len(similarities), num_classes), np.int64)
+    np.add.at(votes, (rows, labels[largest[rows, places]]), 1)
+    return votes

@@ -41,6 +41,12 @@ def choose_thresholds(
     return thresholds
 
 
+def are_below(scores: np.ndarray, thresholds: np.ndarray) -> np.ndarray:
+    """bool [N]: where the best of scores [N, K] lies below its threshold, of [K]."""
+    best = np.nan_to_num(scores, nan=-np.inf).argmax(axis=1)
+    return scores[np.arange(len(scores)), best] < thresholds[best]
+
+
 def require_precision(min_precision: float) -> None:
     """Raise UsageError unless it lies in (0, 1]."""
     if not 0 < min_precision <= 1:

@@ -12,8 +12,8 @@ from PIL import Image
 from jaxcls.classifier import Classifier
 from jaxcls.data.images import open_photo
 from jaxcls.errors import DownloadError, ImageError, RequestError
+from jaxcls.evaluation.thresholds import are_below
 from jaxcls.predictions import probabilities
-from jaxcls.scoring import are_below
 from jaxcls.serving.batcher import SMOOTHING, Batcher, ExpiredError
 from jaxcls.serving.wire import Answer, Job, Url
 

@@ -3,4 +3,4 @@
 from etils import epy
 
 with epy.lazy_api_imports(globals()):
-    from jaxcls.svm import fit
+    from jaxcls.svm import cross_validation, fit, labels, solver

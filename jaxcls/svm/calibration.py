@@ -2,12 +2,13 @@
 
 from dataclasses import dataclass
 
+import jax.numpy as jnp
 import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import minimize, minimize_scalar
-from scipy.special import expit, softmax, xlogy
+from scipy.special import expit, xlogy
 
-from jaxcls.classifier import Calibration
+from jaxcls.classifier import Calibration, calibrated
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,11 +28,8 @@ class Calibrator:
 
     def probabilities(self, margins: NDArray[np.float32]) -> NDArray[np.float32]:
         """Of margins [N, K]: float32 [N, K], rows that sum to 1."""
-        scores = self.slope * margins + self.intercept
-        if self.method == "temperature":
-            return softmax(scores, axis=1).astype(np.float32)
-        chances = np.maximum(expit(scores), np.finfo(np.float32).tiny)
-        return (chances / chances.sum(1, keepdims=True)).astype(np.float32)
+        scores = (self.slope * margins + self.intercept).astype(np.float32)
+        return np.asarray(calibrated(jnp.asarray(scores), self.method))
 
 
 def fit_calibrator(method: Calibration, margins: NDArray[np.float32], labels: np.ndarray) -> Calibrator:
@@ -67,7 +65,7 @@ def _inverse_temperature(margins: NDArray[np.float64], labels: np.ndarray) -> fl
         top = scores.max(1)
         return float(np.mean(np.log(np.exp(scores - top[:, None]).sum(1)) + top - scores[own]))
 
-    # Without a bound, margins that are all right would ask for certainty.
+    # Bounded, since of margins that are all right ever larger ones would be better.
     return float(np.exp(minimize_scalar(loss, bounds=(-5, 5), method="bounded").x))
 
 

@@ -25,7 +25,7 @@ TOLERANCE = 1e-3
 MAX_STEPS = 30
 """Of Newton's method. The largest C on nearly separable samples want more, and are rarely the best."""
 MAX_CELLS = 2**28
-"""Of a matrix [problems, samples]: values of C beyond it are solved in a further batch."""
+"""Of a matrix [problems, samples]: folds and values of C beyond it are solved in a further batch."""
 
 
 def candidates(values: NDArray[np.float32]) -> tuple[float, ...]:
@@ -64,9 +64,10 @@ def require_folds(
     rarest = int(np.argmin(counts))
     if (count := counts[rarest]) < num_folds:
         is_whole = groups is None or count == (labels == rarest).sum()
+        one, several = ("image", "images") if is_whole else ("group of images", "groups of images")
         remedy = f"set num_folds to {count} at most, or add some" if count > 1 else "add some"
         raise UsageError(
-            f"class {classes[rarest]} has {count} {'images' if is_whole else 'groups of images'}, "
+            f"class {classes[rarest]} has {count} {one if count == 1 else several}, "
             f"fewer than {num_folds} folds: {remedy}"
         )
 
@@ -92,14 +93,20 @@ def make_folds(
         int32 [N], from 0.
 
     Raises:
-        UsageError: there are fewer than two folds, or a class has fewer samples, or groups, than folds.
+        UsageError: there are fewer than two folds, a class has fewer samples, or groups, than folds, or groups
+            leave a fold's training part without a class.
     """
     require_folds(labels, num_folds, classes=classes, groups=groups)
     kind = StratifiedKFold if groups is None else StratifiedGroupKFold
     folds = np.zeros(len(labels), np.int32)
     divide = kind(num_folds, shuffle=True, random_state=seed).split(labels, labels, groups)
-    for number, (_, held_out) in enumerate(divide):
+    for number, (trained_on, held_out) in enumerate(divide):
         folds[held_out] = number
+        if missing := set(range(len(classes))) - set(labels[trained_on].tolist()):
+            raise UsageError(
+                f"{num_folds} folds of whole groups leave no {classes[missing.pop()]} to train on: "
+                "set num_folds to fewer, or choose another seed"
+            )
     return folds
 
 
@@ -128,12 +135,18 @@ def cross_validate(
         class_weights: float [K]; the same for all folds.
         num_classes: K.
     """
-    num_folds = int(folds.max()) + 1
-    per_batch = max(1, MAX_CELLS // (len(labels) * num_classes * num_folds))
-    batches = [tuple(C[start : start + per_batch]) for start in range(0, len(C), per_batch)]
-    margins = np.concatenate(
-        [_held_out_margins(values, labels, folds, batch, class_weights, num_classes) for batch in batches]
-    )
+    pairs = [(place, fold) for place in range(len(C)) for fold in range(int(folds.max()) + 1)]
+    per_batch = max(1, MAX_CELLS // (len(labels) * num_classes))
+    margins = np.empty((len(C), len(labels), num_classes), np.float32)
+    for start in range(0, len(pairs), per_batch):
+        batch = pairs[start : start + per_batch]
+        machines = [
+            one_against_rest(num_classes, C[place], class_weights, left_out=fold, dtype=values.dtype)
+            for place, fold in batch
+        ]
+        for (place, fold), weights in zip(batch, _solve(values, labels, folds, machines), strict=True):
+            held_out = folds == fold
+            margins[place, held_out] = as_columns(_margins(values[held_out], weights))
     is_right = margins.argmax(2) == labels
     recalls = [is_right[:, labels == label].mean(1) for label in range(num_classes)]
     return CrossValidation(tuple(C), margins, np.mean(recalls, axis=0))
@@ -190,32 +203,18 @@ def calibrated_out_of_fold(
     return probabilities
 
 
-def _held_out_margins(
+def _solve(
     values: NDArray[np.float32],
     labels: np.ndarray,
     folds: NDArray[np.int32],
-    C: Sequence[float],  # noqa: N803
-    class_weights: np.ndarray | None,
-    num_classes: int,
+    machines: Sequence[Problems],
 ) -> NDArray[np.float32]:
-    """[len(C), N, K]."""
-    num_folds = int(folds.max()) + 1
-    machines = [
-        one_against_rest(num_classes, one, class_weights, left_out=fold, dtype=values.dtype)
-        for one in C
-        for fold in range(num_folds)
-    ]
+    """Weights [M, P, D + 1] of M machines of P problems each."""
     problems = Problems(*map(np.concatenate, zip(*machines, strict=True)))
     num_problems = len(problems.positive)
     samples = Samples(values, labels, np.ones(len(labels)), folds, constant=1.0, num_problems=num_problems)
-    found = minimize(samples, problems, tolerance=TOLERANCE, max_steps=MAX_STEPS).weights
-    found = found.reshape(len(C), num_folds, -1, found.shape[-1])
-    margins = np.empty((len(C), len(labels), num_classes), np.float32)
-    for fold in range(num_folds):
-        held_out = folds == fold
-        for place, weights in enumerate(found[:, fold]):
-            margins[place, held_out] = as_columns(_margins(values[held_out], weights))
-    return margins
+    weights = minimize(samples, problems, tolerance=TOLERANCE, max_steps=MAX_STEPS).weights
+    return weights.reshape(len(machines), -1, weights.shape[1])
 
 
 @jax.jit

@@ -16,11 +16,16 @@ from sklearn.svm import LinearSVC as Liblinear
 from jaxcls.classifier import Calibration, Classifier, Head, as_backbone
 from jaxcls.data.dataset import Dataset
 from jaxcls.errors import UsageError
-from jaxcls.evaluation.thresholds import NEVER, calibration_error, choose_thresholds, require_precision
+from jaxcls.evaluation.thresholds import (
+    NEVER,
+    are_below,
+    calibration_error,
+    choose_thresholds,
+    require_precision,
+)
 from jaxcls.feature_cache import Report, features_of
 from jaxcls.models.precision import Precision
 from jaxcls.models.pretrained import Backbone
-from jaxcls.scoring import are_below
 from jaxcls.svm.calibration import Calibrator, fit_calibrator
 from jaxcls.svm.cross_validation import (
     CrossValidation,
@@ -220,8 +225,8 @@ def _solve(
     with warnings.catch_warnings(action="always", category=ConvergenceWarning):
         if any(issubclass(other.category, ConvergenceWarning) for other in caught):
             warnings.warn(
-                f"the SVM had not converged after {machine.n_iter_} iterations: it can be used as it is; "
-                "a smaller C or normalized features converge sooner",
+                f"the SVM had not converged after {machine.n_iter_} iterations, and can be used as it is; a "
+                f"smaller C or normalized features converge sooner ({solver}: {caught[0].message})",
                 ConvergenceWarning,
                 stacklevel=3,
             )

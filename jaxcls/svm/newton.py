@@ -83,20 +83,20 @@ class _State(NamedTuple):
     num_stalls: np.ndarray
     best: np.ndarray
 
-    def judge(self, objective: np.ndarray, gradient: Array) -> "_State":
-        """With what was found at its weights."""
+    def judge(self, objective: np.ndarray, gradient: Array, stepped: np.ndarray | bool) -> "_State":
+        """With what was found at its weights, some of which a step has changed."""
         progress = self.best - objective > np.finfo(self.weights.dtype).eps * objective
         return self._replace(
             objective=objective,
             gap=0.5 * np.asarray(_dot(gradient, gradient), np.float64),
-            num_stalls=np.where(progress, 0, self.num_stalls + 1),
+            num_stalls=np.where(progress, 0, self.num_stalls + stepped),
             best=np.minimum(self.best, objective),
         )
 
     def is_live(self, tolerance: float, max_steps: int) -> NDArray[np.bool_]:
         """Which are to go on."""
-        is_far = self.gap > tolerance * self.objective
-        return is_far & (self.num_stalls < NUM_STALLS) & (self.num_steps < max_steps)
+        is_near = self.gap <= tolerance * self.objective
+        return ~is_near & (self.num_stalls < NUM_STALLS) & (self.num_steps < max_steps)
 
 
 def minimize(samples: Samples, problems: Problems, *, tolerance: float, max_steps: int) -> Solution:
@@ -123,7 +123,7 @@ def minimize(samples: Samples, problems: Problems, *, tolerance: float, max_step
         # What was added to margins step by step had rounding errors of its own: the last word is without.
         asked, sent = samples.replicate((problems, state.weights))
         objective, gradient, _ = _evaluate(samples, asked, sent, _margins(samples, sent))
-        state = state.judge(objective, gradient)
+        state = state.judge(objective, gradient, stepped=False)
         live = np.flatnonzero(state.is_live(tolerance, max_steps))
         num_products += used + 1
     weights = state.weights[:, : samples.num_features + 1]
@@ -141,11 +141,12 @@ def _descend(
     """Newton's method until half of many problems, or all of a few, are done; and the pairs of products."""
     problems, weights = samples.replicate((problems, state.weights))
     margins, num_products = _margins(samples, weights), 0.5
+    is_live: np.ndarray | bool = False
     few = len(weights) // 2 if len(weights) > MANY else 0
     while True:
         objective, gradient, curvature = _evaluate(samples, problems, weights, margins)
         num_products += 0.5
-        state = state.judge(objective, gradient)
+        state = state.judge(objective, gradient, is_live)
         is_live = state.is_live(tolerance, max_steps)
         if is_live.sum() <= few:
             return state._replace(weights=np.asarray(weights)), num_products

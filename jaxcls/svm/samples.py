@@ -122,12 +122,12 @@ class Samples:
 
     def spectrum(self) -> Spectrum:
         """Estimated from samples spread over all; R is 0 where samples are few or features many."""
-        if self.width > min(self.num_samples, MAX_SPECTRUM):
+        counted = np.flatnonzero(self._rest[1])
+        if self.width > min(len(counted), MAX_SPECTRUM):
             return self.replicate(Spectrum(np.zeros(0, self.dtype), np.zeros((self.width, 0), self.dtype)))
-        step = max(1, self.num_samples // (SAMPLES_PER_FEATURE * self.width))
-        features, weights = self._pad(self._features[::step]), self._rest[1][::step]
-        scale = self.total_weight / max(weights.sum(), np.finfo(self.dtype).tiny)
-        return self.replicate(_spectrum(features, scale * weights))
+        chosen = counted[:: max(1, len(counted) // (SAMPLES_PER_FEATURE * self.width))]
+        features, weights = self._pad(self._features[chosen]), self._rest[1][chosen]
+        return self.replicate(_spectrum(features, weights * (self.total_weight / weights.sum())))
 
     def _send(self) -> Iterator[Block]:
         """One block ahead of what is used."""

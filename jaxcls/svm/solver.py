@@ -121,8 +121,8 @@ class LinearSVC(ClassifierMixin, BaseEstimator):
         self.coef_ = np.ascontiguousarray(solution.weights[:, :-1])
         self.intercept_ = solution.weights[:, -1] * self.intercept_scaling
         self.n_iter_ = int(solution.num_steps.max())
-        shares = solution.gap / solution.objective
-        if (shares > self.tol).any():
+        shares = solution.gap / np.maximum(solution.objective, np.finfo(float).tiny)
+        if not (shares <= self.tol).all():
             reason = (
                 f"after {self.max_iter} steps, the most that max_iter allows"
                 if self.n_iter_ >= self.max_iter

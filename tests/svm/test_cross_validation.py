@@ -231,3 +231,12 @@ def test_out_of_fold_chooses_c(monkeypatch):
     accuracy = [balanced_accuracy_score(labels, own.argmax(1)) for own in margins]
     assert accuracy[1] > accuracy[0] + 0.02
     np.testing.assert_allclose(found.scores, margins[1], atol=5e-2 * np.abs(margins[1]).max())
+
+
+def test_groups_that_leave_a_class_out_of_training(monkeypatch):
+    """scikit-learn's division does so rarely, and only of few groups."""
+    labels, groups = np.array([0, 0, 1, 1]), np.arange(4)
+    divide = [(np.array([0, 1]), np.array([2, 3])), (np.array([2, 3]), np.array([0, 1]))]
+    monkeypatch.setattr(cross_validation.StratifiedGroupKFold, "split", lambda *_: divide)
+    with pytest.raises(UsageError, match="2 folds of whole groups leave no nine to train on"):
+        make_folds(labels, 2, classes=NAMES[:2], groups=groups)

@@ -174,11 +174,32 @@ def test_many_problems_at_once_are_those_one_by_one():
 
 def test_the_gap_is_a_bound():
     features, labels = digits()
-    least = objective(LinearSVC(tol=1e-13).fit(features, labels), features, labels).sum()
+    least = objective(LinearSVC(tol=1e-13).fit(features, labels), features, labels)
+    ones, classes = np.ones(10, np.float32), np.arange(10, dtype=np.int32)
+    samples = Samples(
+        features.astype(np.float32), labels, np.ones(len(labels)), constant=1.0, num_problems=10
+    )
+    problems = Problems(classes, ones, ones, np.full(10, -1, np.int32))
+    for num_steps in (1, 3, 5):
+        found = minimize(samples, problems, tolerance=1e-9, max_steps=num_steps)
+        above = found.objective - least
+        assert (above > 0).all()
+        assert (above <= found.gap).all()
+
+
+def test_too_few_steps_end_with_a_warning():
     with pytest.warns(ConvergenceWarning, match="after 3 steps, the most that max_iter allows"):
-        hasty = LinearSVC(max_iter=3).fit(features, labels)
+        hasty = LinearSVC(max_iter=3).fit(*digits())
     assert hasty.n_iter_ == 3
-    assert objective(hasty, features, labels).sum() > 1.01 * least
+
+
+def test_samples_of_weight_0_may_stand_anywhere():
+    """Those from which second moments would be estimated, too."""
+    features, labels = random(n_samples=2000, n_features=10)
+    weights = np.where(np.arange(2000) % 7 == 0, 0.0, 1.0)
+    machine = LinearSVC(tol=1e-12).fit(features, labels, weights)
+    kept = LinearSVC(tol=1e-12).fit(features[weights > 0], labels[weights > 0])
+    np.testing.assert_allclose(machine.coef_, kept.coef_, rtol=1e-6)
 
 
 def test_precision_that_is_exhausted_ends_it_with_a_warning():

@@ -93,8 +93,8 @@ def make_folds(
         int32 [N], from 0.
 
     Raises:
-        UsageError: there are fewer than two folds, a class has fewer samples, or groups, than folds, or groups
-            leave a fold's training part without a class.
+        UsageError: there are fewer than two folds, a class has fewer samples, or groups, than folds, or
+            groups leave a training part without a class.
     """
     require_folds(labels, num_folds, classes=classes, groups=groups)
     kind = StratifiedKFold if groups is None else StratifiedGroupKFold

@@ -165,7 +165,7 @@ def test_more_folds_than_a_class_has_photos():
     with pytest.raises(UsageError, match=message):
         make_folds(labels, 5, classes=NAMES)
     make_folds(labels, 3, classes=NAMES)
-    with pytest.raises(UsageError, match="class nine has 1 images?, fewer than 2 folds: add some"):
+    with pytest.raises(UsageError, match="class nine has 1 image, fewer than 2 folds: add some"):
         make_folds(np.array([0, 0, 1, 2, 2]), 2, classes=NAMES)
 
 

@@ -75,7 +75,8 @@ def fit_svm(
         normalize_features: divide each feature vector by its L2 norm, here and in the classifier.
         standardize: train on features of mean 0 and standard deviation 1; the classifier's head undoes it.
         calibrate: make the scores probabilities, by held-out margins: "temperature", one for all classes;
-            "sigmoid", one for each. None: they are margins.
+            "sigmoid", one for each. None: they are margins. The error reported as before is that of the
+            margins' softmax.
         min_precision: abstain where a class's answers, at such scores in cross-validation, were right less
             often. None: never abstain.
         num_folds: of the cross-validation.

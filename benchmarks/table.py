@@ -45,11 +45,6 @@ LIMITS: Mapping[tuple[str, str], str] = {
     ): "nobody asks in the first half second of 15; 620 refusals a second take 0.08 ms of a core each; "
     "the load generator has its share of the same two cores; the bound counts on the peak's batch time",
     (
-        "SVM, 20,000 x 2048, 10 classes, random features",
-        "cpu",
-    ): "half of the seconds decompose the features' second moments, for the preconditioner; the cores were "
-    "shared with other work",
-    (
         "input pipeline, JPEGs of 500 px",
         "cpu",
     ): "decoding in full and resizing, which both leave to Pillow, take 1.7 of 2.1 ms of a core; two resizes "

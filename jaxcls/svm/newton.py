@@ -113,7 +113,10 @@ def minimize(samples: Samples, problems: Problems, *, tolerance: float, max_step
     (num_steps, num_stalls), infinite = np.zeros((2, num_problems), np.int64), np.full(num_problems, np.inf)
     state = _State(weights, infinite, infinite.copy(), num_steps, num_stalls, infinite.copy())
     live, spectrum, num_products = np.arange(num_problems), samples.spectrum(), 0.0
-    while len(live):
+    num_before = -1
+    # Without a step, rounding alone told what is done from what is not.
+    while len(live) and state.num_steps.sum() > num_before:
+        num_before = state.num_steps.sum()
         some = Problems(*(values[live] for values in problems))
         found, used = _descend(
             samples, some, spectrum, _State(*(v[live] for v in state)), tolerance, max_steps

@@ -133,7 +133,7 @@ def find_label_errors(*predictions: Predictions) -> LabelErrors:
     order = np.argsort(fit.own, kind="stable")
     others = fit.log_p.copy()
     np.put_along_axis(others, labels[:, None], -np.inf, axis=1)
-    wrong = fit.doubt * -np.expm1(fit.own)
+    wrong = fit.doubt * np.maximum(1 - np.exp(fit.own), 0)
     return LabelErrors(
         classes=first.classes,
         ids=tuple(first.ids[i] for i in indices[order]),

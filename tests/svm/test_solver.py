@@ -113,6 +113,7 @@ def test_weights_and_intercepts_are_liblinears(num_classes, options):
 
 @parametrize_with_checks([LinearSVC(tol=1e-14)])  # at 1e-4 two ways to the minimum end at two places near it
 def test_it_is_an_estimator(estimator, check):
+    """All of scikit-learn's checks; that of array API input skips itself where SCIPY_ARRAY_API is not set."""
     check(estimator)
 
 

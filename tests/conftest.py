@@ -64,6 +64,18 @@ def write_photos(folder: Path, counts: dict[str, int], seed: int = 0) -> Path:
     return folder
 
 
+def draw(seed: int, size: tuple[int, int] = (160, 120)) -> Image.Image:
+    """A picture of blurred blots in all colours and sizes."""
+    generator = np.random.default_rng(seed)
+    layers = [
+        Image.fromarray(generator.integers(0, 256, (rows, rows, 3), np.uint8)).resize(
+            size, Image.Resampling.BICUBIC
+        )
+        for rows in (5, 11, 23)
+    ]
+    return Image.fromarray(np.mean([np.asarray(layer) for layer in layers], axis=0).astype(np.uint8))
+
+
 @pytest.fixture(scope="session")
 def photos(tmp_path_factory):
     """A dataset of 8 red and 8 blue photos, in files."""

@@ -4,21 +4,10 @@ import io
 
 import numpy as np
 import pytest
+from conftest import draw
 from PIL import Image, ImageEnhance, ImageFilter
 
 from jaxcls.data.alignment import outlines, similarity, thumbnail
-
-
-def draw(seed, size=(160, 120)):
-    """A picture of blurred blots in all colours and sizes."""
-    generator = np.random.default_rng(seed)
-    layers = [
-        Image.fromarray(generator.integers(0, 256, (rows, rows, 3), np.uint8)).resize(
-            size, Image.Resampling.BICUBIC
-        )
-        for rows in (5, 11, 23)
-    ]
-    return Image.fromarray(np.mean([np.asarray(layer) for layer in layers], axis=0).astype(np.uint8))
 
 
 def compare(first, second):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import draw
 from PIL import Image, ImageEnhance
 
 from experiments.duplicates import KINDS, plant, read_twins, share_found, wrongly_joined
@@ -13,18 +14,6 @@ from jaxcls.data.dataset import Dataset, from_items
 from jaxcls.data.duplicates import describe_leakage, find_duplicates, find_leakage
 from jaxcls.data.folder import read_folder
 from jaxcls.errors import UsageError
-
-
-def draw(seed, size=(160, 120)):
-    """A picture of blurred blots in all colours and sizes."""
-    generator = np.random.default_rng(seed)
-    layers = [
-        Image.fromarray(generator.integers(0, 256, (rows, rows, 3), np.uint8)).resize(
-            size, Image.Resampling.BICUBIC
-        )
-        for rows in (5, 11, 23)
-    ]
-    return Image.fromarray(np.mean([np.asarray(layer) for layer in layers], axis=0).astype(np.uint8))
 
 
 def encode(image, kind="PNG", **options):

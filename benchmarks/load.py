@@ -7,30 +7,36 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
+from http import HTTPStatus
+from http.client import HTTPConnection
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from benchmarks.timing import SubjectError
 
 SECONDS_TO_END = 3
 MAX_SECONDS_PER_ANSWER = 20
+SECONDS_BETWEEN_PROBES = 0.02
 
 SCRIPT = """
 local order = dofile(os.getenv("ORDER"))
-local bodies, next_body, threads, time_header = {}, 0, {}, "x-execution-time-ms"
-for number, path in ipairs(order.bodies) do
-  local file = io.open(path, "rb"); bodies[number] = file:read("*a"); file:close()
-end
+local requests, next_request, threads, time_header = {}, 0, {}, "x-execution-time-ms"
 function setup(thread) table.insert(threads, thread) end
 function init()
+  for number, path in ipairs(order.bodies) do
+    local file = io.open(path, "rb")
+    requests[number] = wrk.format("POST", nil, order.headers, file:read("*a")); file:close()
+  end
   good = 0; busy = 0; other = 0; times = {}; by_second = {}; first_second = os.time(); math.randomseed(1)
 end
 function delay() return order.delay_ms * (0.5 + math.random()) end
 function request()
-  next_body = next_body % #bodies + 1
-  return wrk.format("POST", nil, order.headers, bodies[next_body])
+  next_request = next_request % #requests + 1
+  return requests[next_request]
 end
 function response(status, headers)
   if status == 200 then
@@ -43,8 +49,6 @@ end
 function done(summary, latency)
   local thread, lost = threads[1], summary.errors
   local good, busy = thread:get("good"), thread:get("busy")
-  -- Refusals are the fastest answers: their 99th percentile is this one of all.
-  local share = busy / math.max(good + busy, 1)
   local left, bucket, times = 0.99 * good, -1, thread:get("times")
   while left > 0 do bucket = bucket + 1; left = left - (times[bucket] or 0) end
   -- Whole seconds, without those in which the load begins and ends.
@@ -57,7 +61,6 @@ function done(summary, latency)
     good = good, busy = busy, seconds = summary.duration / 1e6, good_p99_ms = 10 * (bucket + 1),
     other = thread:get("other") + lost.connect + lost.read + lost.write + lost.timeout,
     p50_ms = latency:percentile(50) / 1000, p99_ms = latency:percentile(99) / 1000,
-    refused_p99_ms = share > 0 and latency:percentile(99 * share) / 1000 or 0,
   }
   local pairs_of = {}
   for name, value in pairs(found) do table.insert(pairs_of, string.format('"%s": %g', name, value)) end
@@ -74,8 +77,8 @@ class Load:
         good, busy, other: answers of status 200, of 429, and all else, lost connections included.
         good_per_second: good answers in the seconds between those in which the load begins and ends.
         seconds: how long it lasted.
-        p50_ms, p99_ms: of all answers.
-        refused_p99_ms: of those of status 429, where the others are slower.
+        p50_ms, p99_ms: of all answers, as `wrk` corrects them: one that took longer than usual counts also
+            as those which its connection would have asked for meanwhile.
         good_p99_ms: of the good ones, by the service's own clock, rounded up to 10 ms.
     """
 
@@ -85,7 +88,6 @@ class Load:
     seconds: float
     p50_ms: float
     p99_ms: float
-    refused_p99_ms: float
     good_p99_ms: float
     good_per_second: float
 
@@ -135,6 +137,31 @@ def drive(
     if done.returncode or not done.stderr.startswith("{"):
         raise SubjectError(f"wrk failed: {done.stderr[-200:]}")
     return Load(**json.loads(done.stderr))
+
+
+def refusals(url: str, headers: Mapping[str, str], num_bytes: int, seconds: float) -> list[float]:
+    """How soon requests are refused, in milliseconds, as another client sees it.
+
+    Their bodies are no photos: one that is let in is answered at once, and takes no place in the queue. `wrk`
+    cannot say it, since it counts slow answers several times (`Load`).
+
+    Args:
+        url, headers: as for `drive`.
+        num_bytes: of a body.
+        seconds: how long to ask, about 50 times a second.
+    """
+    parts, body, found = urlsplit(url), bytes(num_bytes), []
+    ends = time.monotonic() + seconds
+    with closing(HTTPConnection(parts.netloc, timeout=MAX_SECONDS_PER_ANSWER)) as connection:
+        while time.monotonic() < ends:
+            started = time.perf_counter()
+            connection.request("POST", parts.path, body, dict(headers))
+            answer = connection.getresponse()
+            if answer.status == HTTPStatus.TOO_MANY_REQUESTS:
+                found.append(1000 * (time.perf_counter() - started))
+            answer.read()
+            time.sleep(SECONDS_BETWEEN_PROBES)
+    return found
 
 
 @contextmanager

@@ -4,7 +4,6 @@ import base64
 import json
 import os
 import socket
-import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +17,7 @@ from typing import Any
 import httpx2
 import numpy as np
 
-from benchmarks.load import Load, drive, serving
+from benchmarks.load import Load, drive, refusals, serving
 from benchmarks.peers import OURS
 from benchmarks.photos import make_photos, scratch_folder
 from benchmarks.programs import NUM_CLASSES
@@ -34,10 +33,11 @@ from jaxcls.storage import Storage
 
 BATCH_SIZE = max(BATCH_SIZES)
 NUM_PHOTOS, PHOTO_SIDE = 32, 500
-CONNECTIONS, MANY_CONNECTIONS, SECONDS, PROBE_SECONDS, OVERLOAD_SECONDS = 16, 48, 8, 4, 20
+CONNECTIONS, MANY_CONNECTIONS, SECONDS, PROBE_SECONDS, OVERLOAD_SECONDS = 16, 48, 8, 4, 15
 TINY_SECONDS = 3
 OVERLOADS = (2, 10)
-MAX_REFUSED = 800
+CONNECTIONS_REFUSED = 64
+"""Beyond those whose requests fill the queue: each asks again a pause after it was refused."""
 LIT_SETTINGS = tuple((w, *batch) for w, batch in product((1, 2), ((1, 0.0), (16, 0.0), (16, 0.005))))
 """LitServe's workers, largest batch, and seconds that a batch waits for company."""
 PREDICT, INFER = "/v1/predict", "/v2/models/model/infer"
@@ -51,10 +51,9 @@ def run(session: Session) -> None:
     use_compilation_cache(Storage.default().persistent / "compiled")
     for depth in session.at(18).depths:
         bench = _Bench(session, depth, session.settings.image_size)
-        peak = bench.against_bare()
+        bench.against_bare()
         bench.at_rest()
-        for times in OVERLOADS:
-            bench.overloaded(times, peak)
+        bench.overloaded()
         bench.against_litserve()
         if session.settings.image_size != 32:
             _Bench(session, depth, 32).against_litserve()
@@ -81,8 +80,8 @@ class _Bench:
         preprocess = self.classifier.preprocess
         return preprocess.resize_and_crop(open_photo(photo).decode(preprocess.short_side))
 
-    def against_bare(self) -> float:
-        """Images a second with and without HTTP, in turn; the peak of requests with one JPEG each."""
+    def against_bare(self) -> None:
+        """Images a second with and without HTTP, in turn."""
         batch = self.pixels[:BATCH_SIZE]
         tensors, headers = [_tensor(batch)[0]], _tensor(batch)[1]
         with self.service() as url, ThreadPoolExecutor() as pool:
@@ -105,7 +104,6 @@ class _Bench:
             self.require_right_scores(url)
         for name, found in rates.items():
             self.put(name, OURS, {"images_per_second": spread(found), "rounds": found})
-        return statistics.median(rates["serve_photos"])
 
     def bare_rate(self, images: Callable[[], np.ndarray]) -> float:
         """Images a second that are made and scored, a batch after the other, without HTTP."""
@@ -128,23 +126,42 @@ class _Bench:
                 served.append(self.drive(url + PREDICT, self.photos, JPEG, connections=1).p50_ms)
         self.put("at_rest", OURS, {"alone_ms": spread(alone), "p50_ms": spread(served)})
 
-    def overloaded(self, times: int, peak: float) -> None:
-        """Requests at a multiple of the peak's rate: good answers, and how soon the others are refused."""
-        config = ServiceConfig()
-        # Each of these asks again a pause after it was refused; the others wait in the queue.
-        num_refused = min(round(times * peak), MAX_REFUSED)
-        delay_ms = 1000 * num_refused / (times * peak)
-        seconds = TINY_SECONDS if self.session.settings.tiny else OVERLOAD_SECONDS
+    def overloaded(self) -> None:
+        """Requests at multiples of the peak's rate, each time right after the peak was measured.
+
+        Good answers, how long the slowest of them took, and how soon the others are refused.
+        """
+        found: dict[int, list[dict[str, float]]] = {times: [] for times in OVERLOADS}
         with self.service() as url:
-            ask = partial(self.drive, url + PREDICT, self.photos, JPEG, seconds=seconds)
-            found = ask(connections=config.max_queue + num_refused, delay_ms=delay_ms)
-        batch_ms = 1000 * BATCH_SIZE / peak
-        values = {
-            "times_peak": (found.good + found.busy) / found.seconds / peak,
-            "peak_per_second": peak,
-            "p99_bound_ms": (config.max_queue / BATCH_SIZE + 1) * batch_ms,
+            for _, times in product(range(self.rounds), OVERLOADS):
+                ask = partial(self.drive, url + PREDICT, self.photos, JPEG)
+                peak = ask(connections=MANY_CONNECTIONS).good_per_second
+                found[times].append(self.overload(url + PREDICT, times * peak, ask))
+                found[times][-1]["share_of_peak"] = found[times][-1]["good_per_second"] / peak
+        for times, rounds in found.items():
+            values = {name: spread([one[name] for one in rounds]) for name in rounds[0]}
+            self.put(f"overload_{times}x", OURS, values)
+
+    def overload(self, url: str, rate: float, ask: Callable[..., Load]) -> dict[str, float]:
+        """So many requests a second, for a while."""
+        max_queue = ServiceConfig().max_queue
+        seconds = TINY_SECONDS if self.session.settings.tiny else OVERLOAD_SECONDS
+        with ThreadPoolExecutor(1) as pool:
+            refused = pool.submit(refusals, url, JPEG, len(self.photos[0]), seconds)
+            load = ask(
+                connections=max_queue + CONNECTIONS_REFUSED,
+                delay_ms=1000 * CONNECTIONS_REFUSED / rate,
+                seconds=seconds,
+            )
+        waits = refused.result()
+        return {
+            **asdict(load),
+            "asked_per_second": (load.good + load.busy) / load.seconds,
+            # What the queue holds, and the batch that it waits for, at the rate at which it is emptied.
+            "p99_bound_ms": 1000 * (max_queue + BATCH_SIZE) / load.good_per_second,
+            "refused_p99_ms": float(np.percentile(waits, 99)),
+            "refused_timed": len(waits),
         }
-        self.put(f"overload_{times}x", OURS, {**values, **asdict(found)})
 
     def against_litserve(self) -> None:
         """The best of LitServe's settings by a short probe each; then both in turn, each with all cores."""

@@ -7,7 +7,7 @@ A request that is refused costs little, and is refused as early as possible.
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence, Set
 from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -126,17 +126,16 @@ def make_app(replica: Replica) -> Starlette:
         ),
         "/v2/health/live": {"live": True},
     }
+    scoring: dict[str, Parse] = {"/score": score, "/v1/predict": predict, f"{model}/infer": infer}
     return Starlette(
         routes=[
-            Route("/score", _scoring(replica, score), methods=["POST"]),
-            Route("/v1/predict", _scoring(replica, predict), methods=["POST"]),
-            Route(f"{model}/infer", _scoring(replica, infer), methods=["POST"]),
+            *(Route(path, _scoring(replica, parse), methods=["POST"]) for path, parse in scoring.items()),
             *(Route(path, _document(document)) for path, document in documents.items()),
             Route("/v2/health/ready", _ready(replica)),
             Route(f"{model}/ready", _ready(replica)),
             Route("/metrics", _metrics(replica)),
         ],
-        middleware=[Middleware(Gate, replica=replica)],
+        middleware=[Middleware(Gate, replica=replica, scoring=frozenset(scoring))],
         exception_handlers={
             RequestError: _refuse,
             HTTPException: _refuse_http,
@@ -147,10 +146,13 @@ def make_app(replica: Replica) -> Starlette:
 
 
 class Gate:
-    """Before everything else: the key; after it: the count, and the word that this replica is leaving."""
+    """Before everything else: the key and the room; after it: the count, and that this replica is leaving.
 
-    def __init__(self, app: ASGIApp, replica: Replica) -> None:
-        self.app, self.replica = app, replica
+    Under overload nearly all requests end here, so that their cost is not taken from the others.
+    """
+
+    def __init__(self, app: ASGIApp, replica: Replica, scoring: Set[str]) -> None:
+        self.app, self.replica, self.scoring = app, replica, scoring
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -162,16 +164,28 @@ class Gate:
             if message["type"] == "http.response.start":
                 if not replica.is_ready:
                     message["headers"] = [*message["headers"], (b"connection", b"close")]
-                endpoint = scope["route"].path if "route" in scope else "other"
+                endpoint = self._endpoint(scope)
                 replica.metrics.requests.labels(endpoint, message["status"]).inc()
                 replica.metrics.request_seconds.labels(endpoint).observe(time.perf_counter() - started)
             await send(message)
 
-        if self._is_known(scope):
-            await self.app(scope, receive, count_and_send)
-            return
-        problem = {"error": "a key is needed: Authorization: Bearer KEY"}
-        await JSONResponse(problem, 401, {"WWW-Authenticate": "Bearer"})(scope, receive, count_and_send)
+        await (self._refusal(scope) or self.app)(scope, receive, count_and_send)
+
+    def _endpoint(self, scope: Scope) -> str:
+        if scope["path"] in self.scoring:
+            return str(scope["path"])
+        return scope["route"].path if "route" in scope else "other"
+
+    def _refusal(self, scope: Scope) -> Response | None:
+        if not self._is_known(scope):
+            problem = {"error": "a key is needed: Authorization: Bearer KEY"}
+            return JSONResponse(problem, 401, {"WWW-Authenticate": "Bearer"})
+        if scope["path"] in self.scoring and scope["method"] == "POST":
+            try:
+                self.replica.admission.require_room()
+            except RequestError as error:
+                return _answer(error)
+        return None
 
     def _is_known(self, scope: Scope) -> bool:
         keys = self.replica.identity.keys
@@ -185,7 +199,6 @@ def _scoring(replica: Replica, parse: Parse) -> Callable[[Request], Awaitable[Re
         loop = asyncio.get_running_loop()
         started = loop.time()
         deadline = started + replica.deadline
-        replica.admission.require_room()
         with ExitStack() as held:
             body = await _read_body(request, replica, deadline, held)
             exchange = await _parse(parse, request.headers, body)
@@ -291,6 +304,10 @@ def _metrics(replica: Replica) -> Callable[[Request], Awaitable[Response]]:
 
 async def _refuse(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestError)
+    return _answer(error)
+
+
+def _answer(error: RequestError) -> Response:
     headers = {} if error.retry_after is None else {"Retry-After": str(error.retry_after)}
     return JSONResponse({"error": str(error)}, error.status, headers)
 

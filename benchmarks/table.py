@@ -40,11 +40,6 @@ LIMITS: Mapping[tuple[str, str], str] = {
         "cpu",
     ): "of it 0.6 s make the random weights of the benchmark; to load saved ones takes 0.2 s",
     (
-        "serve, 10x overload",
-        "cpu",
-    ): "nobody asks in the first half second of 15; 620 refusals a second take 0.08 ms of a core each; "
-    "the load generator has its share of the same two cores; the bound counts on the peak's batch time",
-    (
         "input pipeline, JPEGs of 500 px",
         "cpu",
     ): "decoding in full and resizing, which both leave to Pillow, take 1.7 of 2.1 ms of a core; two resizes "

@@ -15,7 +15,8 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 from jaxcls.classifier import create_model
-from jaxcls.cli import SplitOptions, TrainingCommand, main
+from jaxcls.cli import main
+from jaxcls.commands.training import SplitOptions, TrainingCommand
 from jaxcls.models.port import from_variables
 
 SMALL = ("--image-size", "32")

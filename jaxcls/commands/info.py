@@ -1,0 +1,99 @@
+"""`jaxcls info`."""
+
+# Annotations stay text: evaluated, those of the API would load JAX before `--help` is printed.
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tyro.conf import OmitArgPrefixes, Positional
+
+import jaxcls
+from jaxcls.commands.base import DONE, BackboneOptions, PhotoCommand, feature_cache, is_classifier, note
+from jaxcls.data.duplicates import describe_leakage, find_duplicates, find_leakage
+from jaxcls.errors import UsageError
+from jaxcls.storage import Storage
+
+if TYPE_CHECKING:
+    from jaxcls.evaluation.label_errors import LabelErrors
+
+
+@dataclass(frozen=True, kw_only=True)
+class Info(PhotoCommand):
+    """Describe a folder of photos or a saved classifier; without a path, this installation."""
+
+    path: Positional[Path | None] = None
+    """A folder of photos, or a saved classifier."""
+    duplicates: bool = False
+    """List the photos that show the same."""
+    test_data: Path | None = None
+    """A folder of test photos: list those that show the same as a photo of the first folder."""
+    label_errors: bool = False
+    """Rank the photos whose label is probably wrong, by the features of --backbone."""
+    start: OmitArgPrefixes[BackboneOptions] = field(default_factory=BackboneOptions)
+
+    def run(self) -> int:
+        asked = self.duplicates or self.label_errors or self.test_data is not None
+        if asked and (self.path is None or is_classifier(self.path)):
+            raise UsageError("--duplicates, --test-data and --label-errors go with a folder of photos")
+        if self.path is None:
+            print(_describe_installation())
+        elif is_classifier(self.path):
+            print(_describe_classifier(self.path))
+        else:
+            dataset = self.read(self.path)
+            print(dataset.summary())
+            jaxcls.scan(dataset)
+            print("every image can be decoded")
+            if self.duplicates or self.label_errors:
+                duplicates = find_duplicates(dataset)
+                dataset = replace(dataset, groups=duplicates.groups)
+                if self.duplicates:
+                    print(duplicates.summary())
+            if self.test_data is not None:
+                test = self.read(self.test_data, dataset.classes)
+                print(describe_leakage(find_leakage(dataset, test), len(test)))
+            if self.label_errors:
+                print(self.check_labels(dataset))
+        return DONE
+
+    def check_labels(self, dataset: jaxcls.Dataset) -> LabelErrors:
+        """The photos whose label is probably wrong."""
+        from jaxcls.svm.labels import check_labels
+
+        return check_labels(dataset, self.start.load(), cache=feature_cache(), progress=True, report=note)
+
+
+def _describe_installation() -> str:
+    import jax
+
+    from jaxcls.models.pretrained import CATALOGUE, unverified_names
+
+    devices = jax.devices()
+    lines = [
+        f"jaxcls {jaxcls.__version__}, jax {jax.__version__}, {len(devices)} x {devices[0].device_kind}",
+        str(Storage.default()),
+        "backbones: " + ", ".join(CATALOGUE),
+        "pinned at the first download, no checksum being published: " + ", ".join(unverified_names()),
+    ]
+    return "\n".join(lines)
+
+
+def _describe_classifier(path: Path) -> str:
+    from jaxcls.scoring import check_parity
+
+    classifier = jaxcls.load(path)
+    difference = check_parity(classifier, path)
+    names = ", ".join(classifier.classes[:20]) + (", ..." if len(classifier.classes) > 20 else "")
+    return "\n".join(
+        [
+            repr(classifier),
+            f"classes: {names}",
+            f"scores: {classifier.head.kind}",
+            f"made by: {json.dumps(dict(classifier.provenance), ensure_ascii=False)}",
+            f"backbone: {json.dumps(dict(classifier.backbone.provenance), ensure_ascii=False)}",
+            f"parity: scores its stored images as when saved (relative difference {difference:.1e})",
+        ]
+    )

@@ -1,0 +1,91 @@
+"""`jaxcls evaluate`, `predict` and `export`."""
+
+# Annotations stay text: evaluated, those of the API would load JAX before `--help` is printed.
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from tyro.conf import OmitArgPrefixes, Positional
+
+import jaxcls
+from jaxcls.commands.base import DONE, Command, PhotoCommand, expand, read_lines, report
+from jaxcls.commands.output import OutputOptions
+from jaxcls.errors import UsageError
+from jaxcls.models.precision import PLATFORMS, Platform, Precision
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluate(PhotoCommand):
+    """Measure a saved classifier on a folder of labelled photos."""
+
+    model: Annotated[Positional[Path], tyro.conf.arg(metavar="CLASSIFIER")]
+    """A saved classifier."""
+    data: Annotated[Positional[Path], tyro.conf.arg(metavar="PHOTOS")]
+    """The folder of photos, one sub-folder per class."""
+    ids: Path | None = None
+    """Only the photos whose ids this file lists, one a line, such as a run's `test_ids.txt`."""
+    out: Path | None = None
+    """A new folder for predictions.csv and confusion.png."""
+
+    def run(self) -> int:
+        if self.out is not None and self.out.exists():
+            raise UsageError(f"{self.out} exists: give a new folder")
+        classifier = jaxcls.load(self.model)
+        dataset = self.read(self.data, classifier.classes)
+        if self.ids is not None:
+            dataset = dataset.select_ids(read_lines(self.ids))
+        return report(classifier, dataset, self.out)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Predict(PhotoCommand):
+    """Score images: a row for each. An unreadable image gets a row with its error, and exit code 1."""
+
+    model: Annotated[Positional[Path], tyro.conf.arg(metavar="CLASSIFIER")]
+    """A saved classifier."""
+    paths: Positional[tuple[Path, ...]]
+    """Images, and folders of images."""
+    output: OmitArgPrefixes[OutputOptions] = field(default_factory=OutputOptions)
+    precision: Precision = "auto"
+    """Of the convolutions."""
+
+    def run(self) -> int:
+        from jaxcls.data.dataset import from_items
+
+        photos = replace(from_items(expand(self.paths)), max_pixels=self.max_pixels)
+        predictions = jaxcls.predict(jaxcls.load(self.model), photos, precision=self.precision, progress=True)
+        return self.output.write(predictions)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Export(Command):
+    """Write a classifier's scoring programs for cpu and cuda, or a folder for Hugging Face transformers.
+
+    A program, CLASSIFIER/program/PLATFORM.bin, is run by `jaxcls.load_program`, which does not trace the
+    network again. It holds no weights and takes any batch size.
+    """
+
+    model: Annotated[Positional[Path], tyro.conf.arg(metavar="CLASSIFIER")]
+    """A saved classifier."""
+    platforms: tuple[Platform, ...] | None = None
+    """What to write programs for; default: cpu and cuda, or none with --hub-folder."""
+    precision: Precision = "auto"
+    """Of the programs' convolutions; auto: float32 for cpu, bfloat16 for cuda."""
+    hub_folder: Path | None = None
+    """Write this new folder: weights, configuration and preprocessing for transformers' from_pretrained."""
+
+    def run(self) -> int:
+        classifier = jaxcls.load(self.model)
+        if self.hub_folder is not None:
+            print(f"for transformers: {classifier.export_hub(self.hub_folder)}")
+            for note in classifier.hub_notes:
+                print(f"note: {note}", file=sys.stderr)
+        platforms = self.platforms or (PLATFORMS if self.hub_folder is None else ())
+        if platforms:
+            for path in classifier.export(self.model, platforms, precision=self.precision):
+                print(f"program: {path}")
+        return DONE

@@ -39,23 +39,34 @@ class ImageError(JaxclsError):
 
 
 class DownloadError(JaxclsError):
-    """A URL that is refused, or that does not bring a picture.
+    """A URL that is refused, or that does not bring what it was asked for.
 
     Args:
         url: as it was asked for; a user name and password in it are left out, and the end of a very long one.
         reason: what is wrong, without the URL. May quote the server; cut short too.
         is_transient: whether the same URL may work later.
+        status: of the HTTP answer, where there was one that is the reason.
+        retry_after: seconds that the server asks to wait for, else 0.
     """
 
-    def __init__(self, url: str, reason: str, is_transient: bool = False) -> None:
+    def __init__(
+        self,
+        url: str,
+        reason: str,
+        is_transient: bool = False,
+        status: int | None = None,
+        retry_after: float = 0.0,
+    ) -> None:
         url, reason = _one_line(re.sub("//[^/?#]*@", "//", url)), _one_line(reason)
         super().__init__(f"{url}: {reason}" if url else reason)
         self.url = url
         self.reason = reason
         self.is_transient = is_transient
+        self.status = status
+        self.retry_after = retry_after
 
-    def __reduce__(self) -> tuple[type["DownloadError"], tuple[str, str, bool]]:
-        return type(self), (self.url, self.reason, self.is_transient)
+    def __reduce__(self) -> tuple[type["DownloadError"], tuple[str, str, bool, int | None, float]]:
+        return type(self), (self.url, self.reason, self.is_transient, self.status, self.retry_after)
 
 
 def _one_line(text: str, limit: int = 300) -> str:

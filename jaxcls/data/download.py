@@ -1,5 +1,7 @@
 """A URL that a stranger wrote -> the bytes of a picture, without lending the stranger this machine's network.
 
+(`fetch_json` asks a service that we chose, under the same guard.)
+
 What only this machine can reach (itself, its neighbours, its cloud's metadata) stays out of reach:
 
 - A name is resolved once, and every address that it has must be public.
@@ -12,18 +14,22 @@ And a fetch is bounded in bytes and in time, from the name's resolution to the l
 """
 
 import asyncio
+import json
 import re
 import socket
 import ssl
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator
+import time
+from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
 from functools import cache
 from importlib.metadata import version
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
 from typing import Any
+from urllib.parse import quote
 
 import httpx2
 
@@ -110,7 +116,7 @@ async def fetch(url: str, guard: Guard = PUBLIC) -> bytes:
             location, here = url, httpx2.URL()
             for _ in range(guard.max_redirects + 1):
                 here = _check(location, here, guard)
-                async with _get(here, guard) as response:
+                async with _get(here, guard, _PICTURES) as response:
                     if not response.has_redirect_location:
                         return await _read_image(response, guard)
                     location = response.headers["location"]
@@ -123,12 +129,61 @@ def fetch_sync(url: str, guard: Guard = PUBLIC) -> bytes:
         return thread.submit(asyncio.run, fetch(url, guard)).result()
 
 
+async def fetch_json(
+    url: str,
+    params: Mapping[str, str],
+    headers: Mapping[str, str],
+    *,
+    secrets: Collection[str] = (),
+    guard: Guard = PUBLIC,
+) -> Any:
+    """Ask a service over http or https for JSON. No redirect is followed: it would take the headers along.
+
+    Args:
+        url: the service's address.
+        params: the query. Neither it nor the headers are in an error.
+        headers: fields of the request.
+        secrets: what is blotted out where an error quotes the service.
+        guard: as for `fetch`.
+
+    Raises:
+        DownloadError: as for `fetch`, with what the service says of the matter.
+    """
+    with _download_errors(url.partition("?")[0], guard):
+        async with asyncio.timeout(guard.seconds):
+            address = _check(url, httpx2.URL(), guard).copy_merge_params(dict(params))
+            async with _get(address, guard, {"Accept": "application/json", **headers}) as response:
+                answer = _read_json(await _read_body(response, guard))
+                if response.status_code != httpx2.codes.OK:
+                    raise _refusal(response, _blot_out(_words(answer), secrets))
+                if answer is None:
+                    raise DownloadError("", "the answer is not JSON")
+                return answer
+
+
+def is_url(text: object) -> bool:
+    """Whether `text` is the http(s) URL of something, and no path."""
+    return isinstance(text, str) and text.lower().startswith(("http://", "https://"))
+
+
+def read_retry_after(value: str) -> float:
+    """Seconds from now that a Retry-After header, a number or a date, asks for; 0 where it asks for none."""
+    if value.isdecimal():
+        return float(value)
+    try:
+        return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
+    except ValueError:
+        return 0.0
+
+
 @contextmanager
 def _download_errors(url: str, guard: Guard) -> Iterator[None]:
     try:
         yield
     except DownloadError as error:
-        raise DownloadError(url, error.reason, error.is_transient) from error.__cause__
+        raise DownloadError(
+            url, error.reason, error.is_transient, error.status, error.retry_after
+        ) from error.__cause__
     except TimeoutError as error:
         reason = f"not complete after {guard.seconds:g} seconds"
         raise DownloadError(url, reason, is_transient=True) from error
@@ -195,7 +250,7 @@ def _look_up(host: bytes) -> Future[list]:
 
 
 @asynccontextmanager
-async def _get(url: httpx2.URL, guard: Guard) -> AsyncIterator[httpx2.Response]:
+async def _get(url: httpx2.URL, guard: Guard, headers: Mapping[str, str]) -> AsyncIterator[httpx2.Response]:
     """The head of the answer, its body still to come."""
     addresses = await _resolve(url, guard)
     async with AsyncExitStack() as stack:
@@ -208,7 +263,7 @@ async def _get(url: httpx2.URL, guard: Guard) -> AsyncIterator[httpx2.Response]:
         # A transport and not a client, which would bring cookies, proxies and redirects of its own.
         transport = httpx2.AsyncHTTPTransport(verify=guard.tls_context or _system_tls(), trust_env=False)
         await stack.enter_async_context(transport)
-        requests = [_make_request(url, address, close_in_the_end) for address in addresses]
+        requests = [_make_request(url, address, headers, close_in_the_end) for address in addresses]
         yield await _first_answer(transport, requests)
 
 
@@ -227,16 +282,18 @@ def _system_tls() -> ssl.SSLContext:
     return httpx2.create_ssl_context(trust_env=False)
 
 
-def _make_request(url: httpx2.URL, address: str, trace: Callable) -> httpx2.Request:
+def _make_request(
+    url: httpx2.URL, address: str, headers: Mapping[str, str], trace: Callable
+) -> httpx2.Request:
     return httpx2.Request(
         "GET",
         url.copy_with(host=address),
         headers={
             "Host": url.netloc.decode(),
             "User-Agent": f"jaxcls/{version('jaxcls')}",
-            "Accept": ", ".join(f"image/{format_.lower()}" for format_ in FORMATS),
             "Accept-Encoding": "identity",
             "Connection": "close",
+            **headers,
         },
         extensions={
             "sni_hostname": url.raw_host.decode().rstrip("."),
@@ -246,15 +303,31 @@ def _make_request(url: httpx2.URL, address: str, trace: Callable) -> httpx2.Requ
     )
 
 
+_PICTURES = {"Accept": ", ".join(f"image/{format_.lower()}" for format_ in FORMATS)}
+
 _CONNECT_SECONDS = 5.0
 """Time for one address before the host's next one is tried."""
 
 
 async def _read_image(response: httpx2.Response, guard: Guard) -> bytes:
-    status, headers = response.status_code, response.headers
-    if status != httpx2.codes.OK:
-        phrase = httpx2.codes.get_reason_phrase(status)
-        raise DownloadError("", f"the server answered {status} {phrase}".rstrip(), status in _TRANSIENT)
+    if response.status_code != httpx2.codes.OK:
+        raise _refusal(response)
+    image = await _read_body(response, guard)
+    if not is_image(image):
+        raise DownloadError("", f"not an image in a known format ({', '.join(FORMATS)})")
+    return image
+
+
+def _refusal(response: httpx2.Response, words: str = "") -> DownloadError:
+    status = response.status_code
+    reason = f"the server answered {status} {httpx2.codes.get_reason_phrase(status)}".rstrip()
+    retry_after = read_retry_after(response.headers.get("retry-after", ""))
+    reason = f"{reason}: {words}" if words else reason
+    return DownloadError("", reason, status in _TRANSIENT, status, retry_after)
+
+
+async def _read_body(response: httpx2.Response, guard: Guard) -> bytes:
+    headers = response.headers
     if headers.get("content-encoding", "identity").lower() != "identity":
         raise DownloadError("", "the server compressed the body, unasked")
     announced, body = int(headers.get("content-length", 0)), bytearray()
@@ -263,10 +336,28 @@ async def _read_image(response: httpx2.Response, guard: Guard) -> bytes:
             body += chunk
             if max(announced, len(body)) > guard.max_bytes:
                 raise DownloadError("", f"longer than {guard.max_bytes:,} bytes")
-    image = bytes(body)
-    if not is_image(image):
-        raise DownloadError("", f"not an image in a known format ({', '.join(FORMATS)})")
-    return image
+    return bytes(body)
+
+
+def _read_json(body: bytes) -> Any:
+    """What the body says; None where it is no JSON."""
+    try:
+        return json.loads(body)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _words(answer: Any) -> str:
+    """What a service says of an error, where services say it."""
+    while isinstance(answer, dict):
+        answer = next((answer[name] for name in ("error", "detail", "message") if name in answer), None)
+    return answer if isinstance(answer, str) else ""
+
+
+def _blot_out(words: str, secrets: Collection[str]) -> str:
+    for secret in secrets:
+        words = words.replace(secret, "***").replace(quote(secret, safe=""), "***")
+    return words
 
 
 _TRANSIENT = frozenset({408, 425, 429, 500, 502, 503, 504})

@@ -87,6 +87,15 @@ def is_image(data: bytes) -> bool:
     return _find_format(data) is not None
 
 
+def format_name(data: bytes) -> str:
+    """The one of `FORMATS` that `data` begins as.
+
+    Raises:
+        ImageError: it begins as none of them does.
+    """
+    return _require_format(data, "").name
+
+
 @dataclass(frozen=True)
 class Photo:
     """A photo before its pixels are decoded.
@@ -116,9 +125,7 @@ def open_photo(data: bytes, *, name: str = "", max_pixels: int = MAX_PIXELS) -> 
     """
     if not data:
         raise ImageError(name, "the file is empty")
-    format_ = _find_format(data)
-    if format_ is None:
-        raise ImageError(name, f"not an image in a known format ({', '.join(FORMATS)})")
+    format_ = _require_format(data, name)
     limit = min(max_pixels, Image.MAX_IMAGE_PIXELS or max_pixels)
     with _image_errors(name, format_):
         image = format_.plugin(BytesIO(format_.prepare(data, limit)))
@@ -401,6 +408,13 @@ _FORMATS = (
 
 def _find_format(data: bytes) -> _Format | None:
     return next((format_ for format_ in _FORMATS if format_.magic.match(data)), None)
+
+
+def _require_format(data: bytes, name: str) -> _Format:
+    format_ = _find_format(data)
+    if format_ is None:
+        raise ImageError(name, f"not an image in a known format ({', '.join(FORMATS)})")
+    return format_
 
 
 FORMATS = tuple(format_.name for format_ in _FORMATS)

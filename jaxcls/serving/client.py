@@ -10,12 +10,10 @@ import json
 import math
 import random
 import threading
-import time
 import weakref
 from base64 import b64encode
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from email.utils import parsedate_to_datetime
 from functools import partial
 from io import BytesIO
 from pathlib import Path
@@ -26,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from jaxcls.data.download import fetch
+from jaxcls.data.download import fetch, is_url, read_retry_after
 from jaxcls.data.images import read_bytes
 from jaxcls.errors import DownloadError, ImageError, JaxclsError, ServiceError, UsageError
 from jaxcls.predictions import Kind, Predictions
@@ -458,16 +456,6 @@ def pause_seconds(
     return retry_after + uniform(0, FIRST_PAUSE_SECONDS * 2 ** min(attempt - 1, MAX_DOUBLINGS))
 
 
-def read_retry_after(value: str) -> float:
-    """Seconds from now that a Retry-After header, a number or a date, asks for; 0 where it asks for none."""
-    if value.isdecimal():
-        return float(value)
-    try:
-        return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
-    except ValueError:
-        return 0.0
-
-
 def _read_texts(answer: Any, count: int) -> list[str]:
     if not isinstance(answer, list) or len(answer) != count or not all(isinstance(t, str) for t in answer):
         raise ValueError(f"not a list of {count} strings")
@@ -519,11 +507,6 @@ def _with_ids(images: Iterable[ImageInput]) -> list[tuple[str, ImageInput]]:
     if not named:
         raise UsageError("there are no images to score")
     return named
-
-
-def is_url(image: object) -> bool:
-    """Whether an image is given by the URL it is at."""
-    return isinstance(image, str) and image.lower().startswith(("http://", "https://"))
 
 
 async def _encode(name: str, image: ImageInput) -> bytes:

@@ -18,12 +18,13 @@ errors
 storage progress
 parallel
 predictions
-data.images data.download data.source data.splitting data.dataset data.folder
+data.images data.download data.source data.splitting data.lineage data.dataset data.folder data.lists
 data.hashing data.alignment data.duplicates
 preprocess
+data.arrayrecord data.tfds
 augment.host augment.views augment.ops
 pipeline resident
-evaluation.metrics evaluation.thresholds evaluation.plots evaluation.neighbours evaluation.label_errors
+evaluation.text evaluation.curves evaluation.intervals evaluation.thresholds evaluation.metrics evaluation.plots evaluation.neighbours evaluation.label_errors
 models.precision models.architecture models.convolution models.normalization models.resnet
 models.port models.pretrained models.hub models.fold
 manifest program
@@ -53,7 +54,7 @@ FORBIDDEN = {
     "serving": ("jaxcls.train", "jaxcls.svm"),
     "serving.wire": ("jax", "flax"),
     "serving.client": ("jax", "flax", "starlette", "uvicorn", "jaxcls.scoring", "jaxcls.classifier"),
-    "": ("torch", "torchvision", "timm", "transformers", "pickle"),
+    "": ("torch", "torchvision", "timm", "transformers", "tensorflow", "pickle"),
 }
 # Reading a .pth file is the one use of torch.
 ALLOWED = {("models.port", "torch")}

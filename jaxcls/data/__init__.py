@@ -5,12 +5,16 @@ from etils import epy
 with epy.lazy_api_imports(globals()):
     from jaxcls.data import (
         alignment,
+        arrayrecord,
         dataset,
         download,
         duplicates,
         folder,
         hashing,
         images,
+        lists,
+        lineage,
         source,
         splitting,
+        tfds,
     )

@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image
 
 from jaxcls.data import images
+from jaxcls.data.lineage import find_families, join_groups
 from jaxcls.data.source import Item, JoinedSource, MemorySource, SelectedSource, Source
 from jaxcls.data.splitting import by_class, choose_training, shuffled_units
 from jaxcls.errors import DatasetError, ImageError, UsageError
@@ -33,6 +34,8 @@ class Dataset:
             never split apart.
         notes: what the reader left out, for `summary`.
         max_pixels: height times width above which a photo is refused as unreadable.
+        origins: string [N] or None. Of an augmented copy, the id of its original; "" of other photos. None:
+            there are no copies. Copies are of their original's group, whatever `groups` says.
     """
 
     name: str
@@ -43,15 +46,26 @@ class Dataset:
     groups: np.ndarray | None = None
     notes: tuple[str, ...] = ()
     max_pixels: int = images.MAX_PIXELS
+    origins: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "labels", np.asarray(self.labels, np.int32))
-        object.__setattr__(self, "ids", np.asarray(self.ids, ID_DTYPE))
+        # NumPy copies strings even where the type is the same already.
+        if getattr(self.ids, "dtype", None) != ID_DTYPE:
+            object.__setattr__(self, "ids", np.asarray(self.ids, ID_DTYPE))
         if self.groups is not None:
             object.__setattr__(self, "groups", np.asarray(self.groups, np.int32))
-        for values in (self.labels, self.ids, self.groups):
+        if self.origins is not None:
+            object.__setattr__(self, "origins", np.asarray(self.origins, ID_DTYPE))
+        for values in (self.labels, self.ids, self.groups, self.origins):
             if values is not None and values.shape != (len(self.source),):
-                raise UsageError(f"dataset {self.name}: labels, ids and groups need one value per photo")
+                raise UsageError(
+                    f"dataset {self.name}: labels, ids, groups and origins need one value per photo"
+                )
+        if self.origins is not None and not self.is_copy.any():
+            object.__setattr__(self, "origins", None)
+        if self.origins is not None:
+            object.__setattr__(self, "groups", join_groups(self.groups, self._families()))
         if len(self) and not UNLABELLED <= self.labels.min() <= self.labels.max() < len(self.classes):
             raise UsageError(f"dataset {self.name}: labels must lie in [-1, {len(self.classes)})")
 
@@ -89,6 +103,23 @@ class Dataset:
                 f"an image array must be uint8 [H, W, 3], not {item.dtype} {list(item.shape)}",
             )
         return images.Photo(item.shape[:2], lambda short_side: Image.fromarray(item))
+
+    @property
+    def is_copy(self) -> np.ndarray:
+        """bool [N]: the augmented copies."""
+        return np.zeros(len(self), bool) if self.origins is None else self.origins != ""
+
+    def originals(self) -> "Dataset":
+        """The photos without the augmented copies."""
+        return self if self.origins is None else self.select(np.flatnonzero(~self.is_copy))
+
+    def require_originals(self) -> None:
+        """Raise UsageError if there are augmented copies, which would flatter whatever is measured on them."""
+        if num_copies := int(self.is_copy.sum()):
+            raise UsageError(
+                f"{num_copies} of the {len(self)} images of dataset {self.name} are augmented copies: "
+                "evaluate on its originals()"
+            )
 
     def class_counts(self) -> np.ndarray:
         """int64 [K]: the number of photos of each class."""
@@ -130,6 +161,7 @@ class Dataset:
             groups=None if self.groups is None else self.groups[indices],
             source=SelectedSource(self.source, indices),
             notes=(),
+            origins=None if self.origins is None else self.origins[indices],
         )
 
     def select_ids(self, ids: Iterable[str]) -> "Dataset":
@@ -202,12 +234,15 @@ class Dataset:
         Ids that clash are prefixed with their dataset's name.
         """
         classes = tuple(dict.fromkeys((*self.classes, *other.classes)))
+        parts = (self, other)
         ids = [self.ids, other.ids]
+        origins = [np.full(len(p), "", ID_DTYPE) if p.origins is None else p.origins for p in parts]
         # Sets, since NumPy 2.4's unstable sorts of StringDType can end the process (segmentation fault).
         if not set(self.ids).isdisjoint(other.ids):
             if self.name == other.name:
                 raise DatasetError(f"both datasets are named {self.name} and share ids: rename one of them")
-            ids = [np.asarray([f"{part.name}/{i}" for i in part.ids], ID_DTYPE) for part in (self, other)]
+            ids = [_prefix(part.name, part.ids) for part in parts]
+            origins = [_prefix(part.name, own) for part, own in zip(parts, origins, strict=True)]
         return Dataset(
             name=self.name,
             classes=classes,
@@ -216,6 +251,7 @@ class Dataset:
             source=JoinedSource(self.source, other.source),
             groups=_merge_groups(self, other),
             max_pixels=max(self.max_pixels, other.max_pixels),
+            origins=np.concatenate(origins),
         )
 
     def group_by_folder(self) -> "Dataset":
@@ -233,6 +269,8 @@ class Dataset:
         moves few of the others across. Sizes are exact (rounded down for the training set) whenever whole
         groups allow it, and otherwise the nearest that they do. Of every class the training set holds its
         share, or as near as whole groups come, the classes with most ungrouped photos making up for others.
+        Augmented copies are not counted: each goes where its original goes, so that these are divided as if
+        there were no copies.
 
         Args:
             train_size: a fraction in (0, 1), or the number of training photos.
@@ -242,20 +280,25 @@ class Dataset:
         Raises:
             DatasetError: a stratified class with one photo or group, or a side without any.
         """
-        target = math.floor(train_size * len(self) + 1e-9) if 0 < train_size < 1 else train_size
-        if not (isinstance(target, int | np.integer) and 0 < target < len(self)):
+        families = self._families()
+        leaders = np.unique(families)  # every photo, where there are no copies
+        target = math.floor(train_size * len(leaders) + 1e-9) if 0 < train_size < 1 else train_size
+        if not (isinstance(target, int | np.integer) and 0 < target < len(leaders)):
             raise DatasetError(
-                f"train_size {train_size} of {len(self)} images leaves one side empty: "
+                f"train_size {train_size} of {len(leaders)} images leaves one side empty: "
                 "give a fraction between 0 and 1, or a number of images"
             )
-        units = shuffled_units(self.ids, self.groups, seed)
-        strata = by_class(units, self.labels, self.classes) if stratify else {f"dataset {self.name}": units}
-        in_training = np.zeros(len(self), bool)
-        in_training[choose_training(strata, int(target))] = True
+        groups = None if self.groups is None else self.groups[leaders]
+        units = shuffled_units(self.ids[leaders], groups, seed)
+        labels = self.labels[leaders]
+        strata = by_class(units, labels, self.classes) if stratify else {f"dataset {self.name}": units}
+        leads_training = np.zeros(len(leaders), bool)
+        leads_training[choose_training(strata, int(target))] = True
+        in_training = leads_training[np.searchsorted(leaders, families)]
         return self.select(np.flatnonzero(in_training)), self.select(np.flatnonzero(~in_training))
 
     def split_by_ids(self, test_ids: Iterable[str]) -> tuple["Dataset", "Dataset"]:
-        """Training and test set, the latter given by its ids.
+        """Training and test set, the latter given by its ids; augmented copies go with their original.
 
         Raises:
             DatasetError: an id that the dataset does not have, or an empty side.
@@ -280,9 +323,18 @@ class Dataset:
             lines += [f"    {self.source.path(int(i)) or self.ids[i]}" for i in samples]
         if num_unlabelled := int((self.labels == UNLABELLED).sum()):
             lines.append(f"  (unlabelled): {num_unlabelled}")
+        if num_copies := int(self.is_copy.sum()):
+            lines.append(f"  (augmented copies among them): {num_copies}")
         return "\n".join([*lines, *self.notes])
 
+    def _families(self) -> np.ndarray:
+        """int64 [N], as by `find_families`."""
+        return np.arange(len(self)) if self.origins is None else find_families(self.ids, self.origins)
+
     def _divide(self, in_test: np.ndarray, what: str) -> tuple["Dataset", "Dataset"]:
+        # One of a copy and its original is enough: neither may be trained on.
+        families = self._families()
+        in_test = np.isin(families, families[in_test])
         if in_test.all() or not in_test.any():
             side = "training" if in_test.all() else "test"
             raise DatasetError(f"splitting {self.name} by {what} leaves the {side} set empty")
@@ -373,6 +425,11 @@ def _translate(labels: np.ndarray, names: Sequence[str], classes: Sequence[str])
     # One more entry, so that -1 (unlabelled) maps to itself.
     table = np.asarray([*(position.get(name, UNLABELLED) for name in names), UNLABELLED], np.int32)
     return table[labels]
+
+
+def _prefix(name: str, ids: np.ndarray) -> np.ndarray:
+    """Ids that no other dataset has; "" stays as it is."""
+    return np.asarray([own and f"{name}/{own}" for own in ids], ID_DTYPE)
 
 
 def _merge_groups(first: Dataset, second: Dataset) -> np.ndarray | None:

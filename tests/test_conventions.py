@@ -40,7 +40,7 @@ train.reporters train.folder
 train.finetune
 svm.samples svm.newton svm.solver svm.calibration svm.cross_validation svm.labels svm.fit
 quickstart
-commands.base commands.output commands.info commands.training commands.scoring commands.service
+commands.base commands.output commands.info commands.pack commands.training commands.scoring commands.service
 cli
 """.split()  # noqa: SIM905 - a map, to be read as one
 

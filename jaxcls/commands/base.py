@@ -43,14 +43,27 @@ class PhotoCommand(Command):
     def read(
         self, path: Path, classes: Sequence[str] | None = None, *, skip_bad: bool = False
     ) -> jaxcls.Dataset:
-        """The photos of a folder, without undecodable ones if these are to be skipped."""
-        photos = jaxcls.read_folder(path, classes=classes, max_pixels=self.max_pixels)
+        """The photos of a folder, records or a list, without undecodable ones if these are to be skipped."""
+        photos = self._read(path, classes)
         if not skip_bad:
             return photos
         good = jaxcls.scan(photos, max_bad_fraction=1.0)
         for line in good.notes[len(photos.notes) :]:
             print(line, file=sys.stderr)
         return good
+
+    def _read(self, path: Path, classes: Sequence[str] | None) -> jaxcls.Dataset:
+        """What lies at `path`; a folder of photos unless it is something else."""
+        from jaxcls.data.arrayrecord import is_arrayrecord, read_arrayrecord
+        from jaxcls.data.lists import SUFFIXES, read_list
+
+        if is_arrayrecord(path):
+            photos = read_arrayrecord(path, max_pixels=self.max_pixels)
+        elif path.suffix.lower() in SUFFIXES and not path.is_dir():
+            photos = read_list(path, max_pixels=self.max_pixels)
+        else:
+            return jaxcls.read_folder(path, classes=classes, max_pixels=self.max_pixels)
+        return photos if classes is None else photos.with_classes(classes)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,6 +167,10 @@ def report(classifier: jaxcls.Classifier, dataset: jaxcls.Dataset, out: Path | N
         out.mkdir(parents=True, exist_ok=True)
         with open_text(out / "predictions.csv") as file:
             predictions.write_csv(file)
-        plots.save(plots.plot_confusion_matrix(evaluation), out / "confusion.png")
-        print(f"predictions.csv and confusion.png: {out}")
+        drawn = {"confusion": plots.plot_confusion_matrix, "roc": plots.plot_roc, "pr": plots.plot_pr}
+        if predictions.kind != "margin":
+            drawn["reliability"] = plots.plot_reliability
+        for name, plot in drawn.items():
+            plots.save(plot(evaluation), out / f"{name}.png")
+        print(f"predictions.csv and plots: {out}")
     return FAILED if predictions.errors else DONE

@@ -29,7 +29,7 @@ class Evaluate(PhotoCommand):
     ids: Path | None = None
     """Only the photos whose ids this file lists, one a line, such as a run's `test_ids.txt`."""
     out: Path | None = None
-    """A new folder for predictions.csv and confusion.png."""
+    """A new folder for predictions.csv and plots: confusion matrix, ROC, precision and recall, reliability."""
 
     def run(self) -> int:
         if self.out is not None and self.out.exists():

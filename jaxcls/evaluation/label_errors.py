@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jaxcls.errors import UsageError
-from jaxcls.evaluation.metrics import format_table, shorten
+from jaxcls.evaluation.text import format_table, shorten
 from jaxcls.predictions import Predictions
 
 MAX_LISTED = 20

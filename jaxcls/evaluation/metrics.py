@@ -1,20 +1,27 @@
 """Evaluation: what a set of predictions is worth, kept as counts from which every metric is computed."""
 
-import unicodedata
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from jaxcls.errors import UsageError
-from jaxcls.predictions import Predictions, require_rank
+from jaxcls.evaluation.curves import Order, PrCurve, RocCurve, order_by_score, pr_curve, roc_curve
+from jaxcls.evaluation.intervals import Interval, bootstrap
+from jaxcls.evaluation.text import format_table, shorten
+from jaxcls.evaluation.thresholds import CalibrationBins, calibration_bins
+from jaxcls.predictions import Kind, Predictions, probabilities, require_rank
 
 Average = Literal["macro", "micro"]
 
 # The report shows so many classes, names or mistakes. With more classes it leaves the confusion matrix out:
 # ten columns of ten characters are what a terminal has room for.
 MAX_LISTED = 10
+
+SMALLEST_PROBABILITY = float(np.finfo(np.float32).tiny)
 
 
 class ClassMetrics(NamedTuple):
@@ -34,17 +41,79 @@ class ClassMetrics(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
+class Answers:
+    """What was answered, image by image, and what follows from it once for all.
+
+    Attributes:
+        scores: float32 [M, K], finite.
+        truth: int32 [M].
+        kind: of the scores.
+    """
+
+    scores: NDArray[np.float32]
+    truth: NDArray[np.int32]
+    kind: Kind
+
+    @cached_property
+    def predicted(self) -> NDArray[np.int64]:
+        """int64 [M]: the class of highest score, the first of equals."""
+        return self.scores.argmax(axis=1)
+
+    @cached_property
+    def ranks(self) -> NDArray[np.int64]:
+        """int64 [M]: how many classes come before the true one, of equals the earlier."""
+        own = np.take_along_axis(self.scores, self.truth[:, None], axis=1)
+        earlier = np.arange(self.scores.shape[1]) < self.truth[:, None]
+        return ((self.scores > own) | ((self.scores == own) & earlier)).sum(axis=1)
+
+    @cached_property
+    def probabilities(self) -> NDArray[np.float32]:
+        """float32 [M, K].
+
+        Raises:
+            UsageError: the scores are margins.
+        """
+        return probabilities(self.scores, self.kind)
+
+    @cached_property
+    def losses(self) -> NDArray[np.float64]:
+        """float64 [M]: minus the logarithm of the true class's probability, which counts as 1e-38 at least.
+
+        Probabilities that do not sum to 1, since each is a sigmoid, are divided by their sum.
+        """
+        chances = self.probabilities.astype(np.float64)
+        own = np.take_along_axis(chances, self.truth[:, None], axis=1)[:, 0]
+        return -np.log(np.maximum(own / chances.sum(axis=1), SMALLEST_PROBABILITY))
+
+    def order(self, label: int | None) -> Order:
+        """The images by their score for a class; None: all pairs of an image and a class by their score."""
+        if label not in self._orders:
+            self._orders[label] = self._order(label)
+        return self._orders[label]
+
+    @cached_property
+    def _orders(self) -> dict[int | None, Order]:
+        return {}
+
+    def _order(self, label: int | None) -> Order:
+        if label is not None:
+            return order_by_score(self.scores[:, label], self.truth == label)
+        is_true = np.arange(self.scores.shape[1]) == self.truth[:, None]
+        return order_by_score(self.scores.ravel(), is_true.ravel())
+
+
+@dataclass(frozen=True, eq=False)
 class Evaluation:
-    """Counts over a test set of N images and K classes; printed, it is its `report`.
+    """What became of a test set of N images and K classes; printed, it is its `report`.
 
     Every image is counted once: as unreadable, else unlabelled, else abstained, else answered. Metrics are
-    over the answered images alone; `coverage` says how many of the labelled ones that is.
+    over the M answered images alone; `coverage` says how many of the labelled ones that is. A metric that is
+    undefined is NaN: nothing is put in its place.
 
     Attributes:
         classes: the K class names.
-        confusion: int64 [K, K]: answered images; rows are the true classes, columns the predicted ones.
-        rank_counts: int64 [K]: answered images whose true class had the highest score, the second, and so on.
-            Of equal scores the earlier class counts as the higher, as in `Predictions.top`.
+        answers: of the answered images.
+        weights: int64 [M]: how often each of them counts; 1, but in a resample.
         num_seen: N, all images.
         num_unreadable: images that could not be read: neither right nor wrong.
         num_unlabelled: images read, whose true class is unknown.
@@ -52,17 +121,35 @@ class Evaluation:
     """
 
     classes: tuple[str, ...]
-    confusion: NDArray[np.int64]
-    rank_counts: NDArray[np.int64]
+    answers: Answers
+    weights: NDArray[np.int64]
     num_seen: int
     num_unreadable: int
     num_unlabelled: int
     num_abstained: int
 
+    def __repr__(self) -> str:
+        return f"Evaluation({self.num_seen} images, {len(self.classes)} classes)"
+
+    @cached_property
+    def confusion(self) -> NDArray[np.int64]:
+        """int64 [K, K]: answered images; rows are the true classes, columns the predicted ones."""
+        K = len(self.classes)
+        cells = self.answers.truth * np.int64(K) + self.answers.predicted
+        return _count(cells, self.weights, K * K).reshape(K, K)
+
+    @cached_property
+    def rank_counts(self) -> NDArray[np.int64]:
+        """int64 [K]: answered images whose true class had the highest score, the second, and so on.
+
+        Of equal scores the earlier class counts as the higher, as in `Predictions.top`.
+        """
+        return _count(self.answers.ranks, self.weights, len(self.classes))
+
     @property
     def num_answered(self) -> int:
         """Images that were read, are labelled and got an answer."""
-        return int(self.confusion.sum())
+        return int(self.weights.sum())
 
     @property
     def coverage(self) -> float:
@@ -84,9 +171,7 @@ class Evaluation:
             return float(np.nanmean(self.per_class().recall))
         if average == "micro":
             return int(np.trace(self.confusion)) / self.num_answered
-        raise UsageError(
-            f'average is {average!r}: it must be "macro" (each class weighs the same) or "micro"'
-        )
+        raise _unknown_average(average)
 
     def top_k_accuracy(self, k: int) -> float:
         """The share of answered images whose true class is among `Predictions.top(k)`.
@@ -121,6 +206,113 @@ class Evaluation:
             support=support,
         )
 
+    def cohen_kappa(self) -> float:
+        """Agreement of answers and labels beyond chance, at most 1 (Cohen 1960).
+
+        NaN where chance alone would agree always: all images are of one class, and answered so.
+        """
+        shares = self.confusion / self.num_answered
+        chance = float(shares.sum(axis=0) @ shares.sum(axis=1))
+        return (float(np.trace(shares)) - chance) / (1 - chance) if chance < 1 else float("nan")
+
+    def roc_curve(self, class_name: str | None = None) -> RocCurve:
+        """A class against all others; without a name, all pairs of an image and a class pooled.
+
+        Raises:
+            UsageError: an unknown class.
+        """
+        order, weights = self._ordered(class_name)
+        return roc_curve(order, weights)
+
+    def pr_curve(self, class_name: str | None = None) -> PrCurve:
+        """Precision against recall of a class; without a name, of all pairs of an image and a class pooled.
+
+        Raises:
+            UsageError: an unknown class.
+        """
+        order, weights = self._ordered(class_name)
+        return pr_curve(order, weights)
+
+    def roc_auc(self, average: Average = "macro") -> float:
+        """The area under the ROC curve, in [0, 1].
+
+        Args:
+            average: "macro", the mean over the classes for which it is defined, those with images of their
+                own and others; "micro", of the pooled curve. NaN where there is none.
+
+        Raises:
+            UsageError: another average.
+        """
+        return self._averaged(average, lambda name: self.roc_curve(name).area)
+
+    def average_precision(self, average: Average = "macro") -> float:
+        """The mean precision over the steps of recall, in [0, 1]; averaged as in `roc_auc`.
+
+        Raises:
+            UsageError: another average.
+        """
+        return self._averaged(average, lambda name: self.pr_curve(name).average_precision)
+
+    def log_loss(self) -> float:
+        """The mean of -log(probability of the true class), in nats; `Answers.losses` has the details.
+
+        Raises:
+            UsageError: the scores are margins, which are no probabilities.
+        """
+        return float(self.weights @ self.answers.losses) / self.num_answered
+
+    def calibration_error(self, num_bins: int = 15) -> float:
+        """The expected calibration error, in [0, 1]: see `thresholds.calibration_bins`.
+
+        Raises:
+            UsageError: the scores are margins, which are no probabilities.
+        """
+        return self.calibration_bins(num_bins).error
+
+    def calibration_bins(self, num_bins: int = 15) -> CalibrationBins:
+        """Answers by the probability that they were given.
+
+        Raises:
+            UsageError: the scores are margins, which are no probabilities.
+        """
+        return calibration_bins(self.answers.probabilities, self.answers.truth, num_bins, self.weights)
+
+    def interval(
+        self,
+        metric: Callable[["Evaluation"], float],
+        *,
+        level: float = 0.95,
+        num_resamples: int = 1000,
+        seed: int = 0,
+    ) -> Interval:
+        """The bootstrap confidence interval of a metric, such as `Evaluation.log_loss`: see `bootstrap`.
+
+        Raises:
+            UsageError: a level outside (0, 1), or no resamples.
+        """
+        found = bootstrap(self.resample, {"": metric}, level=level, num_resamples=num_resamples, seed=seed)
+        return found[""]
+
+    def resample(self, generator: np.random.Generator) -> "Evaluation":
+        """As many answered images, drawn with replacement."""
+        M = len(self.weights)
+        return replace(self, weights=np.bincount(generator.integers(0, M, M), minlength=M))
+
+    def _ordered(self, class_name: str | None) -> tuple[Order, NDArray[np.int64]]:
+        if class_name is None:
+            return self.answers.order(None), np.repeat(self.weights, len(self.classes))
+        if class_name not in self.classes:
+            raise UsageError(f"no class {class_name!r}; known are {', '.join(self.classes)}")
+        return self.answers.order(self.classes.index(class_name)), self.weights
+
+    def _averaged(self, average: Average, metric: Callable[[str | None], float]) -> float:
+        if average == "micro":
+            return metric(None)
+        if average != "macro":
+            raise _unknown_average(average)
+        values = np.asarray([metric(name) for name in self.classes])
+        return float(values[~np.isnan(values)].mean()) if not np.isnan(values).all() else float("nan")
+
     def report(self) -> str:
         """Text for a terminal: both accuracies, the counts, the classes and what was taken for what.
 
@@ -149,14 +341,10 @@ def evaluate(predictions: Predictions) -> Evaluation:
             f"nothing to evaluate: of {len(predictions)} images {len(predictions.errors)} are unreadable,"
             f" {(readable & ~labelled).sum()} unlabelled and {labelled.sum()} abstained from"
         )
-    truth = labels[answered]
-    K = len(predictions.classes)
-    confusion = np.zeros((K, K), np.int64)
-    np.add.at(confusion, (truth, predictions.predicted[answered]), 1)
     return Evaluation(
         classes=predictions.classes,
-        confusion=confusion,
-        rank_counts=np.bincount(_ranks(predictions.scores[answered], truth), minlength=K),
+        answers=Answers(predictions.scores[answered], labels[answered], predictions.kind),
+        weights=np.ones(answered.sum(), np.int64),
         num_seen=len(predictions),
         num_unreadable=len(predictions.errors),
         num_unlabelled=int((readable & ~labelled).sum()),
@@ -164,23 +352,13 @@ def evaluate(predictions: Predictions) -> Evaluation:
     )
 
 
-def shorten(name: str, max_width: int) -> str:
-    """`name` on one line, its middle left out where it is longer than `max_width` terminal columns."""
-    name = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in name)
-    if _columns(name) <= max_width:
-        return name
-    middle = len(name) // 2
-    head, tail = name[:middle], name[middle:]
-    while _columns(head) + 1 + _columns(tail) > max_width:
-        head, tail = (head[:-1], tail) if len(head) > len(tail) else (head, tail[1:])
-    return f"{head}…{tail}"
+def _count(values: NDArray[np.int64], weights: NDArray[np.int64], size: int) -> NDArray[np.int64]:
+    """int64 [size]: how often each value in [0, size) occurs. Float64 counts are exact up to 2^53."""
+    return np.bincount(values, weights, minlength=size).astype(np.int64)
 
 
-def _ranks(scores: NDArray[np.float32], truth: NDArray[np.int32]) -> NDArray[np.int64]:
-    """How many classes come before the true one: int64 [N] from float32 [N, K] and int32 [N]."""
-    own = np.take_along_axis(scores, truth[:, None], axis=1)
-    earlier = np.arange(scores.shape[1]) < truth[:, None]
-    return ((scores > own) | ((scores == own) & earlier)).sum(axis=1)
+def _unknown_average(average: object) -> UsageError:
+    return UsageError(f'average is {average!r}: it must be "macro" (each class weighs the same) or "micro"')
 
 
 def _ratio(numerator: NDArray[np.int64], denominator: NDArray[np.int64]) -> NDArray[np.float64]:
@@ -188,21 +366,59 @@ def _ratio(numerator: NDArray[np.int64], denominator: NDArray[np.int64]) -> NDAr
     return numerator / np.where(denominator == 0, np.nan, denominator)
 
 
+NUMBERS: dict[str, Callable[[Evaluation], float]] = {
+    "accuracy (macro)": lambda evaluation: evaluation.accuracy("macro"),
+    "accuracy (micro)": lambda evaluation: evaluation.accuracy("micro"),
+    "Cohen's kappa": Evaluation.cohen_kappa,
+    "ROC AUC (macro)": lambda evaluation: evaluation.roc_auc("macro"),
+    "average precision (macro)": lambda evaluation: evaluation.average_precision("macro"),
+    "log loss": Evaluation.log_loss,
+    "calibration error": Evaluation.calibration_error,
+}
+"""What a report says of a whole test set."""
+
+OF_PROBABILITIES = ("log loss", "calibration error")
+OF_COUNTS = ("accuracy (macro)", "accuracy (micro)", "Cohen's kappa")
+
+MAX_RESAMPLED = 100_000
+"""Answered images times classes above which a report gives intervals of counts alone: others take minutes."""
+
+
+def numbers(evaluation: Evaluation) -> dict[str, tuple[float, Interval | None]]:
+    """The numbers that `NUMBERS` names, each with its 95 % interval.
+
+    Without those of probabilities where the scores are margins; without intervals of those that depend on
+    scores where these are more than `MAX_RESAMPLED`.
+    """
+    scores = evaluation.answers.scores
+    is_margin = evaluation.answers.kind == "margin"
+    chosen = {name: f for name, f in NUMBERS.items() if not (is_margin and name in OF_PROBABILITIES)}
+    is_small = scores.size <= MAX_RESAMPLED
+    intervals = bootstrap(
+        evaluation.resample, {name: f for name, f in chosen.items() if is_small or name in OF_COUNTS}
+    )
+    return {name: (metric(evaluation), intervals.get(name)) for name, metric in chosen.items()}
+
+
 def _summary(evaluation: Evaluation) -> str:
     e = evaluation
     num_present = int((e.per_class().support > 0).sum())
-    lines = [
-        f"accuracy (macro)  {e.accuracy('macro'):.4f}  mean recall of {num_present} classes",
-        f"accuracy (micro)  {e.accuracy('micro'):.4f}  {np.trace(e.confusion)} of {e.num_answered} images",
-    ]
+    notes = {
+        "accuracy (macro)": f"mean recall of {num_present} classes",
+        "accuracy (micro)": f"{np.trace(e.confusion)} of {e.num_answered} images",
+    }
+    rows = [["", "", "95 % interval", ""]]
+    for name, (value, interval) in numbers(e).items():
+        within = "-" if interval is None or np.isnan(interval.low) else str(interval)
+        rows.append([name, "-" if np.isnan(value) else f"{value:.4f}", within, notes.get(name, "")])
     if e.num_abstained:
         labelled = e.num_answered + e.num_abstained
-        lines.append(f"coverage          {e.coverage:.4f}  {e.num_answered} answered of {labelled} images")
-    lines.append(
+        rows.append(["coverage", f"{e.coverage:.4f}", "", f"{e.num_answered} answered of {labelled} images"])
+    counts = (
         f"{e.num_seen} images seen: {e.num_answered} answered, {e.num_abstained} abstained,"
         f" {e.num_unlabelled} unlabelled, {e.num_unreadable} unreadable"
     )
-    return "\n".join(lines)
+    return f"{format_table(rows)}\n{counts}"
 
 
 def _class_table(evaluation: Evaluation) -> str:
@@ -252,20 +468,3 @@ def _confusion_table(evaluation: Evaluation) -> str:
     names = [shorten(name, 32) for name in classes]
     rows = [[f"{names[row]} -> {names[column]}", str(mistakes[row, column])] for row, column in pairs]
     return "Most confused\n" + format_table([["truth -> prediction", "images"], *rows])
-
-
-def format_table(rows: list[list[str]]) -> str:
-    """Columns two spaces apart: the first flush left, the others flush right."""
-    widths = [max(map(_columns, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for row in rows:
-        gaps = [" " * (width - _columns(cell)) for cell, width in zip(row, widths, strict=True)]
-        cells = [row[0] + gaps[0], *(gap + cell for cell, gap in zip(row[1:], gaps[1:], strict=True))]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)
-
-
-def _columns(text: str) -> int:
-    """Terminal columns that a text takes: two for a wide East Asian character, none for a combining one."""
-    wide = sum(unicodedata.east_asian_width(c) in "WF" for c in text)
-    return len(text) + wide - sum(unicodedata.combining(c) > 0 for c in text)

@@ -1,5 +1,7 @@
 """How far to trust scores: thresholds below which to abstain, and the calibration error of probabilities."""
 
+from typing import NamedTuple
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -53,19 +55,60 @@ def require_precision(min_precision: float) -> None:
         raise UsageError(f"min_precision {min_precision}: must be above 0 and at most 1")
 
 
-def calibration_error(probabilities: NDArray[np.float32], labels: np.ndarray, num_bins: int = 15) -> float:
-    """The expected calibration error of the best class's probability, in [0, 1].
+class CalibrationBins(NamedTuple):
+    """Answers in bins of equal width by the probability of the best class.
 
-    Guo et al., "On Calibration of Modern Neural Networks", ICML 2017: the difference between the share of
-    right answers and the mean probability, averaged over bins of equal width by their number of images.
+    Attributes:
+        num_images: int64 [B].
+        confidence: float64 [B]: the mean probability; NaN in an empty bin.
+        accuracy: float64 [B]: the share of right answers; NaN in an empty bin.
+    """
+
+    num_images: NDArray[np.int64]
+    confidence: NDArray[np.float64]
+    accuracy: NDArray[np.float64]
+
+    @property
+    def error(self) -> float:
+        """The expected calibration error, in [0, 1]: |accuracy - confidence|, averaged over the images.
+
+        Guo et al., "On Calibration of Modern Neural Networks", ICML 2017.
+        """
+        gaps = np.nan_to_num(np.abs(self.accuracy - self.confidence))
+        return float(gaps @ self.num_images / self.num_images.sum())
+
+
+def calibration_bins(
+    probabilities: NDArray[np.float32],
+    labels: np.ndarray,
+    num_bins: int = 15,
+    weights: NDArray[np.int64] | None = None,
+) -> CalibrationBins:
+    """How often answers were right, next to how probable they were said to be.
 
     Args:
         probabilities: [N, K].
         labels: int [N].
         num_bins: from 0 to 1.
+        weights: [N], how often each image counts; None: once.
+
+    Raises:
+        UsageError: fewer than one bin.
     """
+    if num_bins < 1:
+        raise UsageError(f"num_bins {num_bins}: must be at least 1")
+    weights = np.ones(len(labels), np.int64) if weights is None else weights
     best = probabilities.max(1).astype(np.float64)
     is_right = probabilities.argmax(1) == labels
     bins = np.minimum((best * num_bins).astype(int), num_bins - 1)
-    excess = np.bincount(bins, is_right - best, minlength=num_bins)
-    return float(np.abs(excess).sum() / len(labels))
+    num_images, confidence, accuracy = (
+        np.bincount(bins, values, minlength=num_bins)
+        for values in (weights, weights * best, weights * is_right)
+    )
+    per_image = np.where(num_images, num_images, np.nan)
+    return CalibrationBins(num_images.astype(np.int64), confidence / per_image, accuracy / per_image)
+
+
+def calibration_error(probabilities: NDArray[np.float32], labels: np.ndarray, num_bins: int = 15) -> float:
+    """The expected calibration error of probabilities [N, K], in [0, 1]: see `CalibrationBins`."""
+    return calibration_bins(probabilities, labels, num_bins).error

@@ -6,11 +6,14 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from scipy.special import softmax
 from sklearn import metrics as sklearn_metrics
 
 from jaxcls.errors import UsageError
 from jaxcls.evaluation import Evaluation, evaluate
-from jaxcls.evaluation.metrics import shorten
+from jaxcls.evaluation.metrics import NUMBERS, numbers
+from jaxcls.evaluation.text import shorten
+from jaxcls.evaluation.thresholds import calibration_error
 from jaxcls.predictions import Predictions
 
 NAN = float("nan")
@@ -165,8 +168,14 @@ def test_the_report_of_few_classes(tableware):
     assert (
         str(evaluate(tableware))
         == """\
-accuracy (macro)  0.7500  mean recall of 4 classes
-accuracy (micro)  0.9091  20 of 22 images
+                                      95 % interval
+accuracy (macro)           0.7500  0.6667 to 1.0000  mean recall of 4 classes
+accuracy (micro)           0.9091  0.7727 to 1.0000           20 of 22 images
+Cohen's kappa              0.8493  0.6283 to 1.0000
+ROC AUC (macro)            0.8553  0.7819 to 1.0000
+average precision (macro)  0.7206  0.6060 to 1.0000
+log loss                   0.8346  0.7437 to 0.9709
+calibration error          0.4337  0.2974 to 0.5246
 22 images seen: 22 answered, 0 abstained, 0 unlabelled, 0 unreadable
 
 Classes (- is undefined)
@@ -240,3 +249,143 @@ def test_evaluation_loads_neither_jax_nor_matplotlib():
     program = "import jaxcls.evaluation, sys; print([m for m in ('jax', 'matplotlib') if m in sys.modules])"
     loaded = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert loaded.stdout.strip() == "[]"
+
+
+@pytest.fixture(params=["distinct", "tied"])
+def scored(request) -> Predictions:
+    """Scores of 5 classes, one of which no image is of; with or without equal ones."""
+    rng = np.random.default_rng(3)
+    labels = rng.integers(0, 4, 400)
+    scores = rng.normal(size=(400, 5))
+    scores[np.arange(400), labels] += 1
+    return make_predictions(scores if request.param == "distinct" else scores.round(), labels)
+
+
+def test_curves_are_scikit_learns(scored):
+    evaluation = evaluate(scored)
+    for label in range(4):
+        positive, scores = scored.labels == label, scored.scores[:, label]
+        curve = evaluation.roc_curve(f"class {label}")
+        expected = sklearn_metrics.roc_curve(positive, scores, drop_intermediate=False)
+        for own, theirs in zip(curve, expected, strict=True):
+            np.testing.assert_allclose(own, theirs)
+        assert curve.area == pytest.approx(sklearn_metrics.roc_auc_score(positive, scores), abs=1e-12)
+        curve = evaluation.pr_curve(f"class {label}")
+        precision, recall, thresholds = sklearn_metrics.precision_recall_curve(positive, scores)
+        np.testing.assert_allclose(curve.precision, precision[::-1])
+        np.testing.assert_allclose(curve.recall, recall[::-1])
+        np.testing.assert_allclose(curve.thresholds[1:], thresholds[::-1])
+        average = sklearn_metrics.average_precision_score(positive, scores)
+        assert curve.average_precision == pytest.approx(average, abs=1e-12)
+
+
+def test_areas_are_averaged_as_scikit_learn_does(scored):
+    evaluation = evaluate(scored)
+    truth = np.eye(5, dtype=int)[scored.labels]
+    for ours, theirs in (
+        (evaluation.roc_auc, sklearn_metrics.roc_auc_score),
+        (evaluation.average_precision, sklearn_metrics.average_precision_score),
+    ):
+        # Of the fifth class there is no image: it is undefined, and left out of the mean.
+        expected = theirs(truth[:, :4], scored.scores[:, :4], average="macro")
+        assert ours("macro") == pytest.approx(expected, abs=1e-12)
+        assert ours("micro") == pytest.approx(theirs(truth, scored.scores, average="micro"), abs=1e-12)
+        with pytest.raises(UsageError, match="weighted"):
+            ours("weighted")
+    with pytest.raises(UsageError, match="no class 'cup'"):
+        evaluation.roc_curve("cup")
+
+
+def test_numbers_of_probabilities_are_scikit_learns(scored):
+    evaluation = evaluate(scored)
+    chances = softmax(scored.scores.astype(np.float64), axis=1)
+    expected = sklearn_metrics.log_loss(scored.labels, chances, labels=range(5))
+    assert evaluation.log_loss() == pytest.approx(expected, rel=1e-5)
+    assert evaluation.calibration_error() == calibration_error(scored.probabilities(), scored.labels)
+    margins = replace(scored, kind="margin")
+    for metric in (Evaluation.log_loss, Evaluation.calibration_error):
+        with pytest.raises(UsageError, match="margins are not probabilities"):
+            metric(evaluate(margins))
+    assert "log loss" not in evaluate(margins).report()
+
+
+def test_the_loss_of_a_sure_mistake_is_finite_and_of_sigmoids_relative():
+    sure = replace(make_predictions([[1, 0], [1, 0]], [0, 1]), kind="probability")
+    assert evaluate(sure).log_loss() == pytest.approx(-np.log(np.finfo(np.float32).tiny) / 2)
+    sigmoids = replace(make_predictions([[0.6, 0.2]], [0]), kind="probability")
+    assert evaluate(sigmoids).log_loss() == pytest.approx(-np.log(0.75), rel=1e-6)
+
+
+def test_kappa(noisy, tableware):
+    expected = sklearn_metrics.cohen_kappa_score(noisy.labels, noisy.predicted)
+    assert evaluate(noisy).cohen_kappa() == pytest.approx(expected, abs=1e-12)
+    # By hand: 20/22 agree; by chance (2 x 0 + 7 x 8 + 2 x 2 + 11 x 12) / 22^2.
+    chance = 192 / 484
+    assert evaluate(tableware).cohen_kappa() == pytest.approx((20 / 22 - chance) / (1 - chance))
+
+
+def test_what_is_undefined_is_nan():
+    one_class = evaluate(make_predictions([[1, 0], [2, 0]], [0, 0]))
+    assert np.isnan(one_class.cohen_kappa())
+    assert np.isnan(one_class.roc_auc("macro"))
+    assert np.isnan(one_class.roc_curve("class 0").area)
+    assert np.isnan(one_class.pr_curve("class 1").average_precision)
+    assert one_class.roc_auc("micro") == 1
+    assert " nan" not in one_class.report()
+
+
+def test_a_resample_counts_as_images_that_are_repeated(scored):
+    evaluation = evaluate(scored)
+    resample = evaluation.resample(np.random.default_rng(1))
+    assert resample.num_answered == 400
+    assert resample.weights.max() > 1
+    chosen = np.repeat(np.arange(400), resample.weights)
+    repeated = evaluate(make_predictions(scored.scores[chosen], scored.labels[chosen]))
+    assert np.array_equal(resample.confusion, repeated.confusion)
+    assert np.array_equal(resample.rank_counts, repeated.rank_counts)
+    for name, metric in NUMBERS.items():
+        assert metric(resample) == pytest.approx(metric(repeated), abs=1e-9), name
+    assert resample.roc_auc("micro") == pytest.approx(repeated.roc_auc("micro"), abs=1e-12)
+
+
+def test_the_interval_of_a_share_is_the_binomial_one():
+    evaluation = evaluate(predictions_of([[160, 40], [0, 200]]))
+    low, high = evaluation.interval(lambda e: e.accuracy("micro"), num_resamples=4000)
+    margin = 1.96 * np.sqrt(0.9 * 0.1 / 400)
+    assert (low, high) == pytest.approx((0.9 - margin, 0.9 + margin), abs=0.004)
+    narrow = evaluation.interval(lambda e: e.accuracy("micro"), level=0.5)
+    assert low < narrow.low < narrow.high < high
+    assert narrow == evaluation.interval(lambda e: e.accuracy("micro"), level=0.5)
+    assert evaluation.interval(Evaluation.log_loss) != evaluation.interval(Evaluation.log_loss, seed=1)
+    for wrong in ({"level": 1.0}, {"num_resamples": 0}):
+        with pytest.raises(UsageError):
+            evaluation.interval(Evaluation.cohen_kappa, **wrong)
+
+
+def test_an_interval_covers_the_truth_as_often_as_it_says():
+    rng, covered = np.random.default_rng(0), 0
+    for _ in range(200):
+        is_right = rng.random(150) < 0.8
+        evaluation = evaluate(make_predictions(np.eye(2)[np.where(is_right, 0, 1)], np.zeros(150)))
+        low, high = evaluation.interval(lambda e: e.accuracy("micro"), num_resamples=300)
+        covered += low <= 0.8 <= high
+    assert 0.9 <= covered / 200 <= 0.98
+
+
+def test_an_undefined_number_has_no_interval():
+    one_class = evaluate(make_predictions([[1, 0], [2, 0]], [0, 0]))
+    assert np.isnan(one_class.interval(Evaluation.cohen_kappa)).all()
+
+
+def test_the_report_gives_intervals(tableware):
+    lines = evaluate(tableware).report().splitlines()
+    (line,) = (line for line in lines if line.startswith("accuracy (micro)"))
+    low, high = evaluate(tableware).interval(lambda e: e.accuracy("micro"))
+    assert line.split() == f"accuracy (micro) 0.9091 {low:.4f} to {high:.4f} 20 of 22 images".split()
+
+
+def test_large_reports_do_without_the_intervals_that_take_long(monkeypatch, scored):
+    monkeypatch.setattr("jaxcls.evaluation.metrics.MAX_RESAMPLED", 100)
+    found = numbers(evaluate(scored))
+    assert found["ROC AUC (macro)"][1] is None
+    assert found["accuracy (macro)"][1] is not None

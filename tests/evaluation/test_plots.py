@@ -2,24 +2,29 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
+from jaxcls.data.dataset import ID_DTYPE, from_items
 from jaxcls.errors import UsageError
-from jaxcls.evaluation import Evaluation
+from jaxcls.evaluation import Evaluation, evaluate, plots
+from jaxcls.evaluation.metrics import Answers
 from jaxcls.evaluation.plots import plot_confusion_matrix, plot_training
+from jaxcls.predictions import Predictions
 
 
 def make_evaluation(confusion, classes=None) -> Evaluation:
-    confusion = np.asarray(confusion, np.int64)
-    K, total = len(confusion), int(confusion.sum())
+    weights = np.asarray(confusion, np.int64).ravel()
+    K = len(confusion)
+    scores = np.tile(np.eye(K, dtype=np.float32), (K, 1))
     return Evaluation(
         classes=classes or tuple(f"a rather long name of class {i}" for i in range(K)),
-        confusion=confusion,
-        rank_counts=np.eye(1, K, dtype=np.int64)[0] * total,
-        num_seen=total,
+        answers=Answers(scores, np.repeat(np.arange(K, dtype=np.int32), K), "logit"),
+        weights=weights,
+        num_seen=int(weights.sum()),
         num_unreadable=0,
         num_unlabelled=0,
         num_abstained=0,
@@ -137,3 +142,89 @@ print("matplotlib.pyplot" in sys.modules)
     ).stdout
     assert printed.strip() == "False"
     assert (tmp_path / "training.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.fixture
+def scored() -> Predictions:
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 3, 60).astype(np.int32)
+    scores = rng.normal(size=(60, 3)).astype(np.float32)
+    scores[np.arange(60), labels] += 1.5
+    ids = tuple(f"{i}.png" for i in range(60))
+    return Predictions(scores, "logit", ("cup", "$plate$", "bowl"), ids, labels, np.zeros(60, np.bool_))
+
+
+@pytest.mark.parametrize("num_classes", [2, 200])
+@pytest.mark.parametrize("plot", [plots.plot_roc, plots.plot_pr])
+def test_curves_with_few_and_with_many_classes(plot, num_classes, tmp_path):
+    rng = np.random.default_rng(1)
+    labels = np.arange(4 * num_classes, dtype=np.int32) % num_classes
+    scores = rng.normal(size=(len(labels), num_classes)).astype(np.float32)
+    names = tuple(f"class {i}" for i in range(num_classes))
+    ids = tuple(map(str, range(len(labels))))
+    evaluation = evaluate(Predictions(scores, "margin", names, ids, labels, np.zeros(len(labels), np.bool_)))
+    ax = plot(evaluation)
+    plots.save(ax, tmp_path / "plot.png")
+    shown = [text.get_text() for text in ax.get_legend().get_texts()]
+    assert len(shown) == 1 + min(num_classes, plots.MAX_CURVES)
+    values = [float(text.rpartition("(")[2].rstrip(")")) for text in shown[1:]]
+    if num_classes > plots.MAX_CURVES:  # the worst
+        metric = {plots.plot_roc: lambda n: evaluation.roc_curve(n).area,
+                  plots.plot_pr: lambda n: evaluation.pr_curve(n).average_precision}[plot]  # fmt: skip
+        assert values == pytest.approx(sorted(map(metric, names))[: plots.MAX_CURVES], abs=6e-4)
+
+
+def test_the_curves_are_those_of_the_evaluation(scored):
+    evaluation = evaluate(scored)
+    given = plots.new_axes((3, 3))
+    ax = plots.plot_roc(evaluation, given, classes=["bowl"])
+    assert ax is given
+    line = ax.get_lines()[-1]
+    curve = evaluation.roc_curve("bowl")
+    np.testing.assert_array_equal(line.get_xdata(), curve.false_positive_rate)
+    np.testing.assert_array_equal(line.get_ydata(), curve.true_positive_rate)
+    curve = evaluation.pr_curve("bowl")
+    np.testing.assert_array_equal(
+        plots.plot_pr(evaluation, classes=["bowl"]).get_lines()[-1].get_ydata(), curve.precision
+    )
+
+
+def test_reliability(scored, tmp_path):
+    evaluation = evaluate(scored)
+    ax = plots.plot_reliability(evaluation, num_bins=5)
+    bins = evaluation.calibration_bins(5)
+    filled = bins.num_images > 0
+    np.testing.assert_array_equal(ax.get_lines()[-1].get_ydata(), bins.accuracy[filled])
+    plots.save(ax, tmp_path / "reliability.png")
+    with pytest.raises(UsageError, match="margins"):
+        plots.plot_reliability(evaluate(replace(scored, kind="margin")))
+
+
+def test_examples_show_the_worst_mistakes_first(scored, tmp_path):
+    images = [np.full((40, 60, 3), i, np.uint8) for i in range(60)]
+    dataset = replace(from_items(images), ids=np.asarray(scored.ids, ID_DTYPE))
+    ax = plots.plot_examples(scored, dataset)
+    plots.save(ax, tmp_path / "examples.png")
+    rest = scored.scores.copy()
+    rest[np.arange(60), scored.labels] = -np.inf
+    behind = rest.max(axis=1) - scored.scores[np.arange(60), scored.labels]
+    expected = np.argsort(-behind, kind="stable")[: plots.MAX_EXAMPLES]
+    assert [np.asarray(image.get_array())[0, 0, 0] for image in ax.get_images()] == expected.tolist()
+    texts = [text.get_text() for text in ax.texts]
+    worst = expected[0]
+    names = scored.classes
+    assert texts[0] == f"{names[scored.predicted[worst]]}\nnot {names[scored.labels[worst]]}"
+    chosen = plots.plot_examples(scored, dataset, indices=[7])
+    assert [np.asarray(image.get_array())[0, 0, 0] for image in chosen.get_images()] == [7]
+    with pytest.raises(UsageError, match="no photos"):
+        plots.plot_examples(scored, dataset, indices=[])
+
+
+def test_curves_of_many_points_are_thinned_to_what_can_be_seen():
+    x = np.linspace(0, 1, 1_000_001)
+    thin_x, thin_y = plots._thinned(x, x**2)
+    assert len(thin_x) < 4 * plots.CURVE_STEPS * 2
+    assert (thin_x[0], thin_x[-1]) == (0, 1)
+    assert np.abs(np.interp(x, thin_x, thin_y) - x**2).max() < 1 / plots.CURVE_STEPS
+    step = np.array([0, 0, 1]), np.array([0, 1, 1])
+    assert np.array_equal(plots._thinned(*step), step)

@@ -3,6 +3,7 @@
 # Annotations stay text: evaluated, those of the API would load JAX before `--help` is printed.
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -122,6 +123,16 @@ def read_lines(path: Path) -> list[str]:
         raise UsageError(f"{path} cannot be read: {error}") from error
 
 
+def read_key(key_file: Path | None, variable: str) -> str | None:
+    """The first key in a file, # comments aside; without a file, the environment variable's."""
+    if key_file is None:
+        return os.environ.get(variable)
+    for line in read_lines(key_file):
+        if key := line.partition("#")[0].strip():
+            return key
+    raise UsageError(f"{key_file} holds no key")
+
+
 def open_text(path: Path | None) -> AbstractContextManager[TextIO]:
     """A text file to be written, or, without a path, the terminal."""
     if path is None:
@@ -167,10 +178,14 @@ def report(classifier: jaxcls.Classifier, dataset: jaxcls.Dataset, out: Path | N
         out.mkdir(parents=True, exist_ok=True)
         with open_text(out / "predictions.csv") as file:
             predictions.write_csv(file)
-        drawn = {"confusion": plots.plot_confusion_matrix, "roc": plots.plot_roc, "pr": plots.plot_pr}
+        drawn = {
+            "confusion": plots.plot_confusion_matrix(evaluation),
+            "roc": plots.plot_roc(evaluation),
+            "pr": plots.plot_pr(evaluation),
+        }
         if predictions.kind != "margin":
-            drawn["reliability"] = plots.plot_reliability
-        for name, plot in drawn.items():
-            plots.save(plot(evaluation), out / f"{name}.png")
+            drawn["reliability"] = plots.plot_reliability(evaluation)
+        for name, ax in drawn.items():
+            plots.save(ax, out / f"{name}.png")
         print(f"predictions.csv and plots: {out}")
     return FAILED if predictions.errors else DONE

@@ -3,11 +3,16 @@
 import json
 import os
 import stat
+import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from jaxcls.storage import Storage, make_private_folder
+import jaxcls.storage
+from jaxcls.errors import UsageError
+from jaxcls.storage import Storage, locked, make_private_folder, write_whole
 
 
 def test_home_holds_all_three_roots():
@@ -54,3 +59,80 @@ def test_private_folders_are_the_owners_alone(tmp_path):
     path.chmod(0o755)
     make_private_folder(path)
     assert stat.S_IMODE(path.stat().st_mode) == 0o700
+
+
+@pytest.fixture
+def unset(monkeypatch):
+    monkeypatch.setattr(jaxcls.storage, "_in_use", None)
+
+
+@pytest.mark.usefixtures("unset")
+def test_a_program_sets_its_storage_once(monkeypatch, tmp_path):
+    monkeypatch.setenv("JAXCLS_HOME", str(tmp_path))
+    ours = Storage(outputs="results", persistent="~/kept", temp=tmp_path / "temp")
+    assert (ours.outputs, ours.persistent) == (Path("results"), Path.home() / "kept")
+    assert ours.use() is ours
+    assert Storage.default() is ours
+    Storage(outputs="results", persistent="~/kept", temp=tmp_path / "temp").use()
+    with pytest.raises(UsageError, match=r"results.* is in use already: set the storage once"):
+        replace(ours, outputs="elsewhere").use()
+    assert Storage.default() == ours
+
+
+def test_scratch_is_private_and_goes_with_the_block(tmp_path):
+    storage = Storage(tmp_path, tmp_path, tmp_path / "temp")
+    with storage.scratch() as first, storage.scratch() as second:
+        (first / "a").mkdir()
+        (first / "a" / "b").write_text("text")
+        assert stat.S_IMODE(first.stat().st_mode) == 0o700
+        assert sorted((tmp_path / "temp").iterdir()) == sorted([first, second])
+    assert not list((tmp_path / "temp").iterdir())
+    with pytest.raises(ZeroDivisionError), storage.scratch():
+        raise ZeroDivisionError
+    assert not list((tmp_path / "temp").iterdir())
+
+
+def test_scratch_of_a_killed_process_goes_with_the_next_and_that_of_a_living_one_stays(tmp_path):
+    code = f"""
+import sys
+from jaxcls.storage import Storage
+with Storage({str(tmp_path)!r}, {str(tmp_path)!r}, {str(tmp_path)!r}).scratch() as folder:
+    (folder / "half").write_text("half")
+    print(folder, flush=True)
+    sys.stdin.read()
+"""
+    (tmp_path / "of the user's").mkdir()
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        for _ in range(2)
+    ]
+    killed, living = (Path(process.stdout.readline().strip()) for process in processes)
+    processes[0].kill()
+    processes[0].wait()
+    assert (killed / "half").exists()
+    Storage(tmp_path, tmp_path, tmp_path).clean()
+    assert not killed.exists()
+    assert (living / "half").exists()
+    processes[1].communicate()
+    assert {path.name for path in tmp_path.iterdir()} == {"of the user's"}
+    processes[0].communicate()
+
+
+def test_a_lock_keeps_others_out_until_its_block_ends(tmp_path):
+    with locked(tmp_path) as is_ours:
+        assert is_ours
+        with locked(tmp_path) as is_ours:
+            assert not is_ours
+    with locked(tmp_path) as is_ours:
+        assert is_ours
+
+
+def test_a_file_is_replaced_whole(tmp_path, monkeypatch):
+    path = tmp_path / "a.txt"
+    write_whole(path, b"old")
+    monkeypatch.setattr(Path, "replace", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        write_whole(path, b"new")
+    assert path.read_bytes() == b"old"

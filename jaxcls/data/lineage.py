@@ -52,7 +52,7 @@ class Lineage:
 
 
 def is_place(name: str) -> bool:
-    """Whether a POSIX path leads to a file that is not hidden, in a folder below the one it is relative to."""
+    """Whether a relative POSIX path names a file in a folder below, neither of them hidden."""
     parts = name.split("/")
     return len(parts) > 1 and "\0" not in name and all(part and not part.startswith(".") for part in parts)
 

@@ -114,7 +114,7 @@ class Dataset:
         return self if self.origins is None else self.select(np.flatnonzero(~self.is_copy))
 
     def require_originals(self) -> None:
-        """Raise UsageError if there are augmented copies, which would flatter whatever is measured on them."""
+        """Raise UsageError if there are augmented copies: what is measured on them flatters or misleads."""
         if num_copies := int(self.is_copy.sum()):
             raise UsageError(
                 f"{num_copies} of the {len(self)} images of dataset {self.name} are augmented copies: "

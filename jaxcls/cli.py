@@ -9,6 +9,7 @@ import tyro
 import jaxcls
 from jaxcls.commands.base import FAILED, INTERRUPTED, WRONG_USAGE
 from jaxcls.commands.info import Info
+from jaxcls.commands.pack import Pack
 from jaxcls.commands.scoring import Evaluate, Export, Predict
 from jaxcls.commands.service import Delete, Deploy, Docker, List, Loadtest, Score, Serve
 from jaxcls.commands.training import Quickstart, Svm, Train
@@ -16,8 +17,8 @@ from jaxcls.errors import JaxclsError, UsageError
 from jaxcls.storage import Storage
 
 COMMANDS = (
-    Quickstart, Info, Train, Svm, Evaluate, Predict, Export, Serve, Deploy, List, Delete, Score, Loadtest,
-    Docker,
+    Quickstart, Info, Pack, Train, Svm, Evaluate, Predict, Export, Serve, Deploy, List, Delete, Score,
+    Loadtest, Docker,
 )  # fmt: skip
 
 

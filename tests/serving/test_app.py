@@ -405,8 +405,12 @@ def test_what_exceeds_the_queue_is_refused_at_once(served_model, service_home, p
 
     with start_service(served_model, service_home, "--max-queue", 1) as served:
         answers = asyncio.run(ask_all(served.url))
+        counted = httpx2.get(f"{served.url}/metrics").text
     statuses = [status for status, _, _ in answers]
     assert set(statuses) == {200, 429}
+    for status in (200, 429):
+        line = f'jaxcls_requests_total{{endpoint="/v1/predict",status="{status}"}} {statuses.count(status)}.0'
+        assert line in counted
     assert all(int(after) >= 1 for status, after, _ in answers if status == 429)
 
 

@@ -8,6 +8,7 @@ import tyro
 
 import jaxcls
 from jaxcls.commands.base import FAILED, INTERRUPTED, WRONG_USAGE
+from jaxcls.commands.gather import Gather
 from jaxcls.commands.info import Info
 from jaxcls.commands.pack import Pack
 from jaxcls.commands.scoring import Evaluate, Export, Predict
@@ -17,7 +18,7 @@ from jaxcls.errors import JaxclsError, UsageError
 from jaxcls.storage import Storage
 
 COMMANDS = (
-    Quickstart, Info, Pack, Train, Svm, Evaluate, Predict, Export, Serve, Deploy, List, Delete, Score,
+    Quickstart, Info, Gather, Pack, Train, Svm, Evaluate, Predict, Export, Serve, Deploy, List, Delete, Score,
     Loadtest, Docker,
 )  # fmt: skip
 

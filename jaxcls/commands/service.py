@@ -3,7 +3,6 @@
 # Annotations stay text: evaluated, those of the API would load JAX before `--help` is printed.
 from __future__ import annotations
 
-import os
 import shlex
 import subprocess
 from dataclasses import dataclass, field
@@ -21,7 +20,7 @@ from jaxcls.commands.base import (
     expand,
     new_output,
     print_columns,
-    read_lines,
+    read_key,
 )
 from jaxcls.commands.output import OutputOptions
 from jaxcls.errors import UsageError
@@ -208,7 +207,7 @@ class Loadtest(Command):
             rate=self.rate,
             users=self.users,
             seconds=self.duration,
-            key=_service_key(self.key_file),
+            key=read_key(self.key_file, KEY_VARIABLE),
         )
         report = load_test(load, p99_ms=self.p99_ms)
         print(report)
@@ -258,14 +257,4 @@ def _open_service(service: str, key_file: Path | None) -> Client:
         from jaxcls.serving.deployment import Deployment
 
         return Deployment(service).connect()
-    return Client(service, _service_key(key_file))
-
-
-def _service_key(key_file: Path | None) -> str | None:
-    """The first key in a file; without one, the environment's."""
-    if key_file is None:
-        return os.environ.get(KEY_VARIABLE)
-    for line in read_lines(key_file):
-        if key := line.partition("#")[0].strip():
-            return key
-    raise UsageError(f"{key_file} holds no key")
+    return Client(service, read_key(key_file, KEY_VARIABLE))

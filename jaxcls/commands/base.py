@@ -103,7 +103,8 @@ def expand(paths: Sequence[Path]) -> list[Path]:
     for path in paths:
         if path.is_dir():
             listing = list_images(path)
-            found = sorted(listing.images + listing.not_utf8)
+            listing.require_whole(path)
+            found = sorted([*listing.images, *listing.not_utf8])
             if not found:
                 raise UsageError(f"{path} holds no images")
             files += [path / image for image in found]

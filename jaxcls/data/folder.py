@@ -1,7 +1,14 @@
-"""A folder with one sub-folder per class, read as a `Dataset`."""
+"""A folder with one sub-folder per class, read as a `Dataset`.
 
+Names are listed folder by folder and kept in arrays, so that a million of them need little memory.
+"""
+
+import errno
 import os
-from collections.abc import Sequence
+import unicodedata
+from bisect import bisect_left
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,15 +19,66 @@ from jaxcls.data.images import MAX_PIXELS, SUFFIXES
 from jaxcls.data.source import FileSource
 from jaxcls.errors import DatasetError
 
+BLOCK_SIZE = 2**16
+"""Paths that are Python strings at once, before they become part of an array."""
+NUM_SHOWN = 3
+"""Names of a kind that the summary shows."""
+
+Identity = tuple[int, int]
+"""Device and inode of a folder: the same, whatever link led there."""
+
+
+@dataclass
+class Tally:
+    """How many names of one kind there are, and the first of them."""
+
+    count: int = 0
+    first: list[str] = field(default_factory=list)
+
+    def add(self, names: Sequence[str], prefix: str = "") -> None:
+        """Count these too: the names of files of one folder, whose path with "/" is the prefix."""
+        self.count += len(names)
+        if len(names) and len(self.first) < NUM_SHOWN:
+            self.first += [prefix + name for name in sorted(names)[: NUM_SHOWN - len(self.first)]]
+
+    def __str__(self) -> str:
+        shown = ", ".join(self.first) + (", ..." if self.count > len(self.first) else "")
+        return f"{self.count} ({shown})".encode(errors="backslashreplace").decode()
+
 
 @dataclass
 class Listing:
-    """What one walk over a tree found, as paths relative to its root."""
+    """What one walk over a tree found, as paths relative to its root.
 
-    images: list[str] = field(default_factory=list)
+    Attributes:
+        images: string [N], in the order of `sorted`.
+        runs: (folder, number) of images in a row that lie below the same folder of the root; "": in the root.
+        folders: those of the root.
+        not_utf8: images whose names are not UTF-8, which no array of strings can hold.
+        hidden, other: files that are hidden, and those that are no images by their suffix.
+        unreadable: folders, with the reason.
+        circles: links that lead to a folder above them, or to themselves; not followed.
+        again: folders that were read already under another name.
+        empty: images of 0 bytes.
+        alike: images and folders whose names differ only by case or by Unicode form.
+    """
+
+    images: np.ndarray = field(default_factory=lambda: np.asarray([], ID_DTYPE))
+    runs: list[tuple[str, int]] = field(default_factory=list)
+    folders: list[str] = field(default_factory=list)
     not_utf8: list[str] = field(default_factory=list)
-    hidden: list[str] = field(default_factory=list)
-    other: list[str] = field(default_factory=list)
+    hidden: Tally = field(default_factory=Tally)
+    other: Tally = field(default_factory=Tally)
+    unreadable: Tally = field(default_factory=Tally)
+    circles: Tally = field(default_factory=Tally)
+    again: Tally = field(default_factory=Tally)
+    empty: Tally = field(default_factory=Tally)
+    alike: Tally = field(default_factory=Tally)
+
+    def require_whole(self, root: Path) -> None:
+        """Raise DatasetError if a folder below `root` could not be read."""
+        if self.unreadable.count:
+            raise DatasetError(f"{root}: folders that cannot be read: {self.unreadable}: make them readable")
 
 
 def read_folder(
@@ -32,9 +90,13 @@ def read_folder(
 ) -> Dataset:
     """Read a folder of photos: each sub-folder is a class, folders below it belong to it.
 
-    Hidden files, files that are no images (by suffix), images outside any class folder and images
-    whose names are not UTF-8 are skipped and counted; a class folder without images is left out and
-    named. `summary()` tells of all.
+    Links are followed, each folder once. Skipped and counted are hidden files, files that are no images (by
+    suffix), images outside any class folder, images whose names are not UTF-8, links in a circle and folders
+    that cannot be read; a class folder without images is left out and named. Files of 0 bytes, which `scan`
+    refuses, and names that differ only by case or Unicode form, which other file systems would take for one,
+    are named too. `summary()` tells of all.
+
+    Photos that are added later leave the ids of the others as they are.
 
     Args:
         path: the folder.
@@ -44,8 +106,8 @@ def read_folder(
         max_pixels: height times width above which a photo is refused as unreadable.
 
     Raises:
-        DatasetError: no such folder, no images, fewer than two classes (unless `classes` is given), a
-            folder that cannot be read, or a class folder that is not among `classes`.
+        DatasetError: no such folder, one that cannot be read, no images, fewer than two classes (unless
+            `classes` is given), or a class folder that is not among `classes`.
     """
     root = Path(path)
     try:
@@ -56,62 +118,191 @@ def read_folder(
         reason = "is a file" if exists else "does not exist"
         raise DatasetError(f"{root} {reason}: give a folder with one sub-folder of images per class")
     listing = list_images(root)
-    loose = [image for image in listing.images if "/" not in image]
-    images = sorted(image for image in listing.images if "/" in image)
-    found = sorted({image.split("/")[0] for image in images})
-    _check_classes(root, found, classes, num_loose=len(loose))
+    found = sorted({folder for folder, _ in listing.runs if folder})
+    counts = [number for _, number in listing.runs]
+    in_class = np.repeat([folder != "" for folder, _ in listing.runs], counts).astype(bool)
+    loose = Tally()
+    loose.add(listing.images[~in_class])
+    _check_classes(root, found, classes, listing, num_loose=loose.count)
     class_names = tuple(found if classes is None else classes)
     label_of = {class_name: label for label, class_name in enumerate(class_names)}
-    ids = np.asarray(images, ID_DTYPE)
+    ids = listing.images[in_class] if loose.count else listing.images
     return Dataset(
         name=name or root.resolve().name,
         classes=class_names,
-        labels=np.asarray([label_of[image.split("/")[0]] for image in images], np.int32),
+        labels=np.repeat(
+            np.asarray([label_of[folder] for folder, _ in listing.runs if folder], np.int32),
+            [number for folder, number in listing.runs if folder],
+        ),
         ids=ids,
         source=FileSource(root, ids),
-        notes=_notes(root, found, listing, loose),
+        notes=_notes(found, listing, loose),
         max_pixels=max_pixels,
     )
 
 
 def list_images(root: Path) -> Listing:
-    """Every file below `root`, links followed (a loop once), as relative POSIX paths by kind.
+    """Every file below `root`, links followed and each folder read once.
 
     Raises:
-        DatasetError: a folder that cannot be read.
+        DatasetError: `root` itself cannot be read.
     """
-
-    def fail(error: OSError) -> None:
-        raise DatasetError(f"{error.filename}: {error.strerror}: make the folder readable, or move it away")
-
     listing = Listing()
-    visited: set[tuple[int, int]] = set()
-    for folder, subfolders, files in os.walk(root, onerror=fail, followlinks=True):
-        status = Path(folder).stat()
-        if (status.st_dev, status.st_ino) in visited:
-            subfolders.clear()
-            continue
-        visited.add((status.st_dev, status.st_ino))
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        prefix = Path(folder).relative_to(root).as_posix()
-        for file in sorted(files):
-            kind = listing.other
-            if file.startswith("."):
-                kind = listing.hidden
-            elif Path(file).suffix.lower() in SUFFIXES:
-                kind = listing.images if _is_utf8(prefix + file) else listing.not_utf8
-            kind.append(file if prefix == "." else f"{prefix}/{file}")
+    blocks: list[np.ndarray] = []
+    some: list[str] = []
+    for prefix, names in _walk(root, listing):
+        top = prefix.partition("/")[0]
+        if not listing.runs or listing.runs[-1][0] != top:
+            listing.runs.append((top, 0))
+        listing.runs[-1] = (top, listing.runs[-1][1] + len(names))
+        for start in range(0, len(names), BLOCK_SIZE):
+            some += [prefix + name for name in names[start : start + BLOCK_SIZE]]
+            if len(some) >= BLOCK_SIZE:
+                blocks.append(np.asarray(some, ID_DTYPE))
+                some = []
+    blocks.append(np.asarray(some, ID_DTYPE))
+    listing.images = _join(blocks)
     return listing
 
 
-def _is_utf8(name: str) -> bool:
-    """Whether the file system's bytes for a name are UTF-8; Python decodes others as surrogates."""
-    return not any("\ud800" <= character <= "\udfff" for character in name)
+def _join(blocks: list[np.ndarray]) -> np.ndarray:
+    """One array of several, which are given up one by one: joined at once, all would be there twice."""
+    joined = np.empty(sum(map(len, blocks)), ID_DTYPE)
+    end = len(joined)
+    while blocks:
+        block = blocks.pop()
+        joined[end - len(block) : end] = block
+        end -= len(block)
+    return joined
 
 
-def _check_classes(root: Path, found: list[str], classes: Sequence[str] | None, *, num_loose: int) -> None:
+def _walk(root: Path, listing: Listing) -> Iterator[tuple[str, list[str]]]:
+    """Images as (path of their folder with "/", names in order), all in the order of their whole paths.
+
+    In it, a folder's place among the files beside it is that of its name with "/".
+    """
+    seen: set[Identity] = set()
+    # A folder to read, with the folders above it, or images to give. No recursion: paths may be very deep.
+    pending: list[tuple[str, tuple[Identity, ...], list[str] | None]] = [("", (), None)]
+    while pending:
+        prefix, above, names = pending.pop()
+        if names is not None:
+            if names:
+                yield prefix, names
+            continue
+        try:
+            status = (root / prefix).stat()
+            identity = (status.st_dev, status.st_ino)
+            if identity in seen:
+                (listing.circles if identity in above else listing.again).add([prefix[:-1]])
+                continue
+            images, folders = _read(root, prefix, listing)
+        except OSError as error:
+            if not prefix:
+                raise DatasetError(f"{root}: {error.strerror}: make the folder readable") from error
+            listing.unreadable.add([f"{prefix[:-1]}: {error.strerror}"])
+            continue
+        seen.add(identity)
+        if not prefix:
+            listing.folders = folders
+        start = 0
+        parts: list[tuple[str, tuple[Identity, ...], list[str] | None]] = []
+        for folder in folders:
+            end = bisect_left(images, f"{folder}/")
+            parts += [(prefix, (), images[start:end]), (f"{prefix}{folder}/", (*above, identity), None)]
+            start = end
+        pending += [*parts, (prefix, (), images[start:])][::-1]
+
+
+def _read(root: Path, prefix: str, listing: Listing) -> tuple[list[str], list[str]]:
+    """The names of a folder's images and sub-folders, in order; `listing` hears of all else."""
+    images: list[str] = []
+    folders: list[str] = []
+    hidden: list[str] = []
+    other: list[str] = []
+    empty: list[str] = []
+    circles: list[str] = []
+    with os.scandir(root / prefix) as entries:
+        for entry in entries:
+            name = entry.name
+            if _is_folder(entry):
+                if not name.startswith("."):
+                    folders.append(name)
+            elif name.startswith("."):
+                hidden.append(name)
+            elif name[name.rfind(".") :].lower() not in SUFFIXES:
+                other.append(name)
+            else:
+                try:
+                    if not entry.stat().st_size:
+                        empty.append(name)
+                except OSError as error:
+                    if error.errno == errno.ELOOP:
+                        circles.append(name)
+                        continue
+                    # A broken link, or gone by now: the scan will tell.
+                images.append(name)
+    images.sort()
+    # A folder stands among others where its name with "/" does.
+    folders.sort(key=lambda name: f"{name}/")
+    if not _is_utf8(prefix + "/".join(images)):
+        broken = [name for name in images if not _is_utf8(prefix + name)]
+        listing.not_utf8 += [prefix + name for name in broken]
+        images = [name for name in images if _is_utf8(prefix + name)]
+    listing.hidden.add(hidden, prefix)
+    listing.other.add(other, prefix)
+    listing.empty.add(empty, prefix)
+    listing.circles.add(circles, prefix)
+    listing.alike.add(_alike([*images, *folders]), prefix)
+    return images, folders
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link in a circle
+        return False
+
+
+def _is_utf8(names: str) -> bool:
+    """Whether the file system's bytes for names are UTF-8; Python decodes others as surrogates."""
+    try:
+        names.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _alike(names: list[str]) -> list[str]:
+    """Names of one folder that differ only by case or by Unicode form, each such set as one text."""
+    hashes = [
+        np.fromiter(map(hash, _fold(names[start : start + BLOCK_SIZE])), np.int64)
+        for start in range(0, len(names), BLOCK_SIZE)
+    ]
+    if len(np.unique(np.concatenate([np.empty(0, np.int64), *hashes]))) == len(names):
+        return []
+    sets = defaultdict(list)
+    for name, folded in zip(names, _fold(names), strict=True):
+        sets[folded].append(name)
+    # Escaped, since the forms of one letter look the same.
+    texts = [" = ".join(same) for same in sets.values() if len(same) > 1]
+    return [text.encode("ascii", "backslashreplace").decode() for text in texts]
+
+
+def _fold(names: list[str]) -> list[str]:
+    """What names have in common that differ by case or Unicode form."""
+    # All in one: no name holds "/", and no letter is changed by what is beyond one.
+    text = unicodedata.normalize("NFD", "/".join(names)).casefold()
+    return unicodedata.normalize("NFD", text).split("/")
+
+
+def _check_classes(
+    root: Path, found: list[str], classes: Sequence[str] | None, listing: Listing, *, num_loose: int
+) -> None:
     if not found:
         hint = f"; {num_loose} lie in {root} itself" if num_loose else ""
+        if listing.unreadable.count:
+            hint += f"; folders that cannot be read: {listing.unreadable}"
         raise DatasetError(
             f"{root}: no images in class folders{hint}. Put them into one sub-folder per class"
         )
@@ -124,18 +315,21 @@ def _check_classes(root: Path, found: list[str], classes: Sequence[str] | None, 
         )
 
 
-def _notes(root: Path, found: list[str], listing: Listing, loose: list[str]) -> tuple[str, ...]:
-    folders = sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
-    rows = (
-        ("class folders without images", [name for name in folders if name not in found]),
-        ("images outside any class folder, skipped", loose),
-        ("names that are not UTF-8, skipped", listing.not_utf8),
-        ("files that are no images, skipped", listing.other),
-        ("hidden files, skipped", listing.hidden),
-    )
-    return tuple(f"{what}: {len(names)} ({_some(names)})" for what, names in rows if names)
-
-
-def _some(names: list[str]) -> str:
-    shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-    return shown.encode(errors="backslashreplace").decode()
+def _notes(found: list[str], listing: Listing, loose: Tally) -> tuple[str, ...]:
+    without = Tally()
+    without.add([name for name in listing.folders if name not in found])
+    not_utf8 = Tally()
+    not_utf8.add(listing.not_utf8)
+    rows = {
+        "class folders without images": without,
+        "images outside any class folder, skipped": loose,
+        "names that are not UTF-8, skipped": not_utf8,
+        "files that are no images, skipped": listing.other,
+        "hidden files, skipped": listing.hidden,
+        "folders that cannot be read, skipped": listing.unreadable,
+        "links in a circle, skipped": listing.circles,
+        "folders met again under another name, skipped": listing.again,
+        "images of 0 bytes": listing.empty,
+        "names that differ only by case or Unicode form": listing.alike,
+    }
+    return tuple(f"{what}: {names}" for what, names in rows.items() if names.count)

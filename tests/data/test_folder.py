@@ -2,11 +2,17 @@
 
 import os
 import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from jaxcls.data import folder
 from jaxcls.data.dataset import scan
 from jaxcls.data.folder import list_images, read_folder
 from jaxcls.errors import DatasetError
@@ -100,19 +106,176 @@ def test_names_that_are_not_utf8_are_skipped_and_counted(tmp_path, broken):
     dataset.summary().encode()
 
 
-def test_one_folder_that_cannot_be_read_stops_the_reading(tmp_path, monkeypatch):
-    """The superuser may read everything, so the refusal is played."""
-    add(tmp_path, "a/1.png", "b/1.png", "b/locked/2.png")
-    scandir = os.scandir
+def test_images_come_in_the_order_of_their_paths(tmp_path):
+    """A folder stands where its name with "/" does: after "a b" and "a-", before "a.png" and "a0"."""
+    names = ["a/x.png", "a/b/y.png", "a/b-/y.png", "a/b.png", "a/b0.png", "a/b!.png", "a-/x.png", "a.b/x.png"]
+    names += ["a0/x.png", "a b/x.png", "A/é/x.png", "A/e/x.png", "A/z.png", "a/b/b/b/x.png"]
+    dataset = read_folder(add(tmp_path, *names))
+    assert dataset.ids.tolist() == sorted(names)
+    assert [dataset.classes[label] for label in dataset.labels] == [i.split("/")[0] for i in sorted(names)]
 
+
+def test_images_outside_class_folders_lie_among_them(tmp_path):
+    """Loose images stand before, between and after the classes."""
+    listing = list_images(add(tmp_path, "0.png", "a/1.png", "a/2.png", "b.png", "c/3.png", "d.png", "e.png"))
+    assert listing.runs == [("", 1), ("a", 2), ("", 1), ("c", 1), ("", 2)]
+    dataset = read_folder(tmp_path)
+    assert dataset.ids.tolist() == ["a/1.png", "a/2.png", "c/3.png"]
+    assert dataset.labels.tolist() == [0, 0, 1]
+    assert dataset.notes == ("images outside any class folder, skipped: 4 (0.png, b.png, d.png, ...)",)
+
+
+def test_many_blocks_of_names_are_one_array(tmp_path, monkeypatch):
+    monkeypatch.setattr(folder, "BLOCK_SIZE", 3)
+    names = [f"{name}/{i:02}.png" for name in "abc" for i in range(7)]
+    assert read_folder(add(tmp_path, *names)).ids.tolist() == names
+
+
+READ_AS_NOBODY = """
+import os, sys
+from jaxcls.commands.base import expand
+from jaxcls.data.folder import read_folder
+from jaxcls.errors import DatasetError
+from pathlib import Path
+print(len(read_folder(sys.argv[1])))  # loads what nobody may not
+if os.getuid() == 0:
+    os.setgroups([]), os.setgid(65534), os.setuid(65534)
+root = Path(sys.argv[1])
+print(*read_folder(root).ids)
+print(read_folder(root).summary())
+for read in (expand, lambda paths: read_folder(paths[0] / "cup")):
+    try:
+        read([root])
+    except DatasetError as error:
+        print(error)
+"""
+
+
+@pytest.fixture
+def open_folder():
+    """A new folder that every user may read; folders in it may be locked."""
+    with tempfile.TemporaryDirectory() as root:
+        Path(root).chmod(0o755)
+        yield Path(root)
+        for locked in Path(root).rglob("locked"):
+            locked.chmod(0o755)
+
+
+def test_folders_that_cannot_be_read_are_named_and_scoring_them_is_refused(open_folder):
+    root = open_folder
+    add(root, "bowl/1.png", "cup/1.png", "cup/locked/2.png", "plate/locked/3.png")
+    for locked in root.rglob("locked"):
+        locked.chmod(0)
+    command = [sys.executable, "-c", READ_AS_NOBODY, str(root)]
+    lines = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
+    assert lines[1] == "bowl/1.png cup/1.png"
+    named = "2 (cup/locked: Permission denied, plate/locked: Permission denied)"
+    assert f"folders that cannot be read, skipped: {named}" in lines
+    assert "class folders without images: 1 (plate)" in lines
+    assert lines[-2] == f"{root}: folders that cannot be read: {named}: make them readable"
+    assert lines[-1].startswith(
+        f"{root}/cup: no images in class folders; 1 lie in {root}/cup itself; folders"
+    )
+
+
+def test_a_folder_that_cannot_be_read_at_all_is_an_error(tmp_path, monkeypatch):
     def refuse(path):
-        if str(path).endswith("locked"):
-            raise PermissionError(13, "Permission denied", str(path))
-        return scandir(path)
+        raise PermissionError(13, "Permission denied", str(path))
 
     monkeypatch.setattr(os, "scandir", refuse)
-    with pytest.raises(DatasetError, match=r"b/locked: Permission denied: make the folder readable"):
+    with pytest.raises(DatasetError, match=f"{re.escape(str(tmp_path))}: Permission denied: make the folder"):
         read_folder(tmp_path)
+
+
+def test_links_in_a_circle_and_second_ways_to_a_folder_are_named(tmp_path):
+    root = add(tmp_path, "a/1.png", "b/1.png", "b/deep/2.png")
+    (root / "b" / "deep" / "up").symlink_to(root / "b", target_is_directory=True)
+    (root / "b" / "self.png").symlink_to("self.png")
+    (root / "b" / "other").symlink_to(root / "a", target_is_directory=True)
+    dataset = read_folder(root)
+    assert dataset.ids.tolist() == ["a/1.png", "b/1.png", "b/deep/2.png"]
+    assert dataset.notes == (
+        "links in a circle, skipped: 2 (b/self.png, b/deep/up)",
+        "folders met again under another name, skipped: 1 (b/other)",
+    )
+
+
+def test_empty_files_are_named_and_left_to_the_scan(tmp_path):
+    add(tmp_path, "a/1.png", "b/1.png")
+    for name in ("a/0.png", "b/2.jpg", "b/empty.txt"):
+        (tmp_path / name).touch()
+    dataset = read_folder(tmp_path)
+    assert len(dataset) == 4
+    assert "images of 0 bytes: 2 (a/0.png, b/2.jpg)" in dataset.notes
+    with pytest.raises(DatasetError, match="2 of 4 images cannot be decoded"):
+        scan(dataset)
+
+
+def test_names_that_differ_only_by_case_or_unicode_form_are_named(tmp_path):
+    composed, decomposed = "caf\u00e9.png", "cafe\u0301.png"
+    names = (
+        "a/X.png",
+        "a/x.png",
+        "a/x.PNG",
+        "a/y.png",
+        f"b/{composed}",
+        f"b/{decomposed}",
+        "B/z.png",
+        "a/ss",
+        "a/ß",
+    )
+    add(tmp_path, *(name if "." in name else f"{name}/1.png" for name in names))
+    if len(list(tmp_path.glob("*/*"))) < len(names):
+        pytest.skip("this file system takes such names for one")
+    (note,) = read_folder(tmp_path).notes
+    assert note == (
+        "names that differ only by case or Unicode form: 4 "
+        "(B = b, a/X.png = x.PNG = x.png, a/ss = \\xdf, ...)"
+    )
+    (tmp_path / "a" / "X.png").unlink()
+    (tmp_path / "a" / "x.PNG").unlink()
+    shutil.rmtree(tmp_path / "B")
+    assert read_folder(tmp_path).notes == (
+        "names that differ only by case or Unicode form: 2 (a/ss = \\xdf, b/cafe\\u0301.png = caf\\xe9.png)",
+    )
+
+
+def test_a_very_deep_folder_is_read(tmp_path):
+    add(tmp_path, "a/1.png", "b/1.png")
+    below = [tmp_path / "a" / "/".join("d" * depth) for depth in range(1, 1100)]
+    for path in below:
+        path.mkdir()
+    shutil.copy(tmp_path / "a/1.png", below[-1])
+    ids = read_folder(tmp_path).ids
+    (below[-1] / "1.png").unlink()
+    for path in below[::-1]:  # pytest would not manage
+        path.rmdir()
+    assert len(ids) == 3
+    assert len(below) > sys.getrecursionlimit()
+
+
+MEASURE = """
+import resource, sys
+from jaxcls.data.folder import read_folder
+peak = lambda: 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak()
+dataset = read_folder(sys.argv[1])
+train, test = dataset.split(0.5)
+print(len(train), len(test), peak() - before)
+"""
+
+
+def test_many_files_need_little_memory(tmp_path):
+    """Of 20,000 files, 4 MB of names; lists of Python's objects for them would be several times that."""
+    (tmp_path / "seed").write_bytes(b"x")
+    for name in ("a" * 20, "b" * 20):
+        (tmp_path / name).mkdir()
+        for number in range(10_000):
+            os.link(tmp_path / "seed", tmp_path / name / f"{number:0100}.jpg")
+    command = [sys.executable, "-c", MEASURE, str(tmp_path)]
+    train, test, grown = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
+    assert int(train) == int(test) == 10_000
+    assert int(grown) < 1000 * 20_000
 
 
 def test_what_is_no_folder_of_class_folders_is_refused(tmp_path):
@@ -176,7 +339,7 @@ def test_list_images_sorts_files_by_kind(tmp_path):
     (tmp_path / "b" / "t.txt").touch()
     listing = list_images(tmp_path)
     assert sorted(listing.images) == ["b/a/x.webp", "b/y.gif", "z.png"]
-    assert (listing.hidden, listing.other, listing.not_utf8) == ([".h.png"], ["b/t.txt"], [])
+    assert (listing.hidden.first, listing.other.first, listing.not_utf8) == ([".h.png"], ["b/t.txt"], [])
 
 
 def test_the_tableware_photos(shared):

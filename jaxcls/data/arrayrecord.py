@@ -5,7 +5,7 @@ A folder of records is written as a whole:
 | file | holds |
 | --- | --- |
 | `records.json` | the manifest: format, name, classes; of every other file its size and sha256 |
-| `index.npz` | int32 labels, ids as UTF-8 with their ends, int32 groups where there are any; no pickle |
+| `index.npz` | labels, ids, and groups and origins where there are any; no pickle |
 | `photos-00000-of-00008.arrayrecord`, ... | in the dataset's order, a photo a record: its file's content |
 
 Besides the manifest's checksums, which only `verify` reads a whole file for, each record has one of
@@ -38,7 +38,6 @@ from jaxcls.storage import file_sha256, whole_folder
 FORMAT = "jaxcls-records"
 FORMAT_VERSION = 1
 MANIFEST, INDEX = "records.json", "index.npz"
-JPEG_QUALITY = 95
 
 MAX_OPEN_FILES = 64
 """Of one source in one process, which may often open no more than 1024; to open one takes 20 microseconds."""
@@ -115,10 +114,10 @@ def write_arrayrecord(
     """Write a dataset as a new folder of records, complete or not at all, and return its path.
 
     Encoded photos are kept byte for byte, undecoded. With `size`, those with a longer short side are resized
-    once, antialiased: a JPEG becomes a JPEG of quality 95, anything else a PNG. Arrays become PNGs.
+    once, antialiased: a JPEG becomes a JPEG of quality 95 (4:4:4), anything else a PNG. Arrays become PNGs.
 
     Args:
-        dataset: N photos; their order, labels, ids and groups are kept.
+        dataset: N photos; their order, labels, ids, groups and origins are kept.
         path: where nothing is yet.
         size: of the short side, in pixels. For training that crops, more than the network's input.
         shards: the number of files, at most N.
@@ -175,10 +174,11 @@ def read_arrayrecord(path: str | Path, *, verify: bool = False, max_pixels: int 
             name=manifest["name"],
             classes=tuple(manifest["classes"]),
             labels=index["labels"],
-            ids=_unpack(index["ids"].tobytes(), index["ends"]),
+            ids=_unpack("ids", index),
             source=RecordSource(tuple(shards)),
             groups=index.get("groups"),
             max_pixels=max_pixels,
+            origins=_unpack("origins", index) if "origins" in index else None,
         )
     except (KeyError, ValueError, UsageError) as error:
         raise DatasetError(f"{path}: {INDEX} does not fit {MANIFEST}: {error}") from error
@@ -230,28 +230,38 @@ def _encode(dataset: Dataset, size: int | None, index: int) -> bytes:
 
 def _save(picture: Image.Image, format_: str) -> bytes:
     file = BytesIO()
-    picture.save(file, format_, quality=JPEG_QUALITY)
+    picture.save(file, format_, **(_JPEG_OPTIONS if format_ == "JPEG" else {}))
     return file.getvalue()
 
 
 _JPEG = b"\xff\xd8\xff"
+# With colours at half the resolution (4:2:0) they would be averaged twice, once before the photo was resized.
+_JPEG_OPTIONS = {"quality": 95, "subsampling": "4:4:4"}
 
 
 def _write_index(dataset: Dataset, folder: Path) -> None:
-    ids = [name.encode() for name in dataset.ids]
-    arrays = {
-        "labels": dataset.labels,
-        "ids": np.frombuffer(b"".join(ids), np.uint8),
-        "ends": np.cumsum([len(name) for name in ids], dtype=np.int64),
-    }
+    arrays = {"labels": dataset.labels, **_pack("ids", dataset.ids)}
     if dataset.groups is not None:
         arrays["groups"] = dataset.groups
+    if dataset.origins is not None:
+        arrays |= _pack("origins", dataset.origins)
     np.savez(folder / INDEX, allow_pickle=False, **arrays)
 
 
-def _unpack(ids: bytes, ends: np.ndarray) -> np.ndarray:
-    bounds = pairwise([0, *ends.tolist()])
-    return np.asarray([ids[start:stop].decode() for start, stop in bounds], ID_DTYPE)
+def _pack(name: str, texts: np.ndarray) -> dict[str, np.ndarray]:
+    """Strings [N] as two arrays, whose types NumPy writes without pickle."""
+    encoded = [text.encode() for text in texts]
+    return {
+        name: np.frombuffer(b"".join(encoded), np.uint8),
+        f"{name}_ends": np.cumsum([len(text) for text in encoded], dtype=np.int64),
+    }
+
+
+def _unpack(name: str, arrays: Mapping[str, np.ndarray]) -> np.ndarray:
+    """The inverse of `_pack`."""
+    encoded = arrays[name].tobytes()
+    bounds = pairwise([0, *arrays[f"{name}_ends"].tolist()])
+    return np.asarray([encoded[start:stop].decode() for start, stop in bounds], ID_DTYPE)
 
 
 def _write_manifest(dataset: Dataset, folder: Path, counts: list[int]) -> None:

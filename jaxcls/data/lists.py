@@ -94,7 +94,7 @@ def _csv_rows(path: Path, file: TextIO) -> Iterator[tuple[int, Mapping[str, Any]
         for row in rows:
             yield rows.line_num, row
     except csv.Error as error:
-        raise DatasetError(f"{path}, line {rows.line_num}: {error}") from error
+        raise DatasetError(f"{path}, line {rows.reader.line_num}: {error}") from error
 
 
 def _json_rows(path: Path, file: TextIO) -> Iterator[tuple[int, Mapping[str, Any]]]:

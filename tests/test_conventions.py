@@ -23,7 +23,7 @@ data.hashing data.alignment data.duplicates
 data.pacing data.image_search data.provenance data.gather
 preprocess
 data.arrayrecord data.tfds
-augment.host augment.views augment.ops
+augment.host augment.views augment.ops augment.copies
 pipeline resident
 evaluation.text evaluation.curves evaluation.intervals evaluation.thresholds evaluation.metrics evaluation.plots evaluation.neighbours evaluation.label_errors
 models.precision models.architecture models.convolution models.normalization models.resnet

@@ -1,6 +1,6 @@
-"""Augmentation: `host` draws and cuts streamed photos, `views` cuts resident ones, `ops` is for batches."""
+"""Augmentation: `host` and `views` cut photos for training, `ops` is for batches, `copies` for files."""
 
 from etils import epy
 
 with epy.lazy_api_imports(globals()):
-    from jaxcls.augment import host, ops, views
+    from jaxcls.augment import copies, host, ops, views

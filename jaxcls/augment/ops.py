@@ -14,9 +14,10 @@ hashable; a key always gives the same result.
 - Boxes are float32 (left, top, right, bottom) in pixels; the centre of the first pixel is (0.5, 0.5).
 
 Names and options are imgaug's where it has the operation. Impossible options, and images of another shape or
-dtype, raise `UsageError`.
+dtype, raise `UsageError`. `parse` reads an operation from text.
 """
 
+import ast
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -411,6 +412,59 @@ def cutout(images: jax.Array, boxes: jax.Array, *, cval: Colour = 128) -> jax.Ar
     """Fill the pixels of each image whose centres lie in one of its boxes, float32 [B, N, 4]."""
     inside = _inside(boxes, *images.shape[1:3])
     return jnp.where(inside[..., None], _colour(cval), images)
+
+
+OPERATIONS: dict[str, type[_Operation]] = {kind.__name__: kind for kind in _Operation.__subclasses__()}
+"""What `parse` knows, by name."""
+
+MAX_TEXT = 10_000
+"""Characters that `parse` takes: Python's own parser may fail badly on texts that are long and deep."""
+
+
+def parse(text: str) -> _Operation:
+    """The operation that a text describes, such as `Sequential([Fliplr(0.5), Crop(percent=(0, 0.1))])`.
+
+    Nothing is evaluated: names are those of operations and their options, values are numbers, tuples and
+    lists. `parse(repr(operation)) == operation`.
+
+    Raises:
+        UsageError: anything else, or impossible options.
+    """
+    shown = text if len(text) <= 200 else f"{text[:200]}..."
+    try:
+        if len(text) > MAX_TEXT:
+            raise UsageError(f"{len(text):,} characters, of {MAX_TEXT:,} at most")
+        operation = _read(ast.parse(text.strip(), mode="eval").body)
+    except (RecursionError, MemoryError) as error:
+        raise UsageError(f"pipeline {shown!r}: nested too deeply") from error
+    except (SyntaxError, ValueError, UsageError) as error:
+        raise UsageError(f"pipeline {shown!r}: {getattr(error, 'msg', error)}") from error
+    if not isinstance(operation, _Operation):
+        raise UsageError(f"pipeline {shown!r}: give an operation, such as Fliplr(0.5)")
+    return operation
+
+
+def _read(node: ast.expr) -> Any:
+    match node:
+        case ast.Constant(value=bool() | int() | float() as value):
+            return value
+        case ast.UnaryOp(op=ast.USub(), operand=ast.Constant(value=int() | float() as value)):
+            return -value
+        case ast.Tuple(elts=elements):
+            return tuple(map(_read, elements))
+        case ast.List(elts=elements):
+            return list(map(_read, elements))
+        case ast.Call(func=ast.Name(id=name), args=values, keywords=keywords) if name in OPERATIONS:
+            options = {str(keyword.arg): _read(keyword.value) for keyword in keywords}
+            if len(options) < len(keywords):
+                raise UsageError(f"{name}: an option is given twice")
+            try:
+                return OPERATIONS[name](*map(_read, values), **options)
+            except TypeError as error:
+                raise UsageError(f"{name}: {str(error).removeprefix(f'{name}.__init__() ')}") from error
+    raise UsageError(
+        f"{ast.unparse(node)!r} is no number, tuple, list or operation (known are {', '.join(OPERATIONS)})"
+    )
 
 
 def _require(name: str, value: Any, kind: Any, interval: str) -> None:

@@ -9,13 +9,14 @@ import unicodedata
 from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 
 from jaxcls.data.dataset import ID_DTYPE, Dataset
 from jaxcls.data.images import MAX_PIXELS, SUFFIXES
+from jaxcls.data.lineage import read_lineage
 from jaxcls.data.source import FileSource
 from jaxcls.errors import DatasetError
 
@@ -96,7 +97,8 @@ def read_folder(
     refuses, and names that differ only by case or Unicode form, which other file systems would take for one,
     are named too. `summary()` tells of all.
 
-    Photos that are added later leave the ids of the others as they are.
+    Photos that are added later leave the ids of the others as they are. Augmented copies are known by the
+    folder's lineage file; those whose original is gone are skipped and counted.
 
     Args:
         path: the folder.
@@ -107,7 +109,7 @@ def read_folder(
 
     Raises:
         DatasetError: no such folder, one that cannot be read, no images, fewer than two classes (unless
-            `classes` is given), or a class folder that is not among `classes`.
+            `classes` is given), a class folder that is not among `classes`, or a damaged lineage file.
     """
     root = Path(path)
     try:
@@ -127,7 +129,7 @@ def read_folder(
     class_names = tuple(found if classes is None else classes)
     label_of = {class_name: label for label, class_name in enumerate(class_names)}
     ids = listing.images[in_class] if loose.count else listing.images
-    return Dataset(
+    photos = Dataset(
         name=name or root.resolve().name,
         classes=class_names,
         labels=np.repeat(
@@ -139,6 +141,7 @@ def read_folder(
         notes=_notes(found, listing, loose),
         max_pixels=max_pixels,
     )
+    return _trace_copies(photos, root)
 
 
 def list_images(root: Path) -> Listing:
@@ -294,6 +297,23 @@ def _fold(names: list[str]) -> list[str]:
     # All in one: no name holds "/", and no letter is changed by what is beyond one.
     text = unicodedata.normalize("NFD", "/".join(names)).casefold()
     return unicodedata.normalize("NFD", text).split("/")
+
+
+def _trace_copies(photos: Dataset, root: Path) -> Dataset:
+    """The photos, augmented copies known as such; of those without their original no split could be sure."""
+    origin_of = {photo.id: photo.original for photo in read_lineage(root).values() if photo.original}
+    if not origin_of:
+        return photos
+    origins = [origin_of.get(own, "") for own in photos.ids]
+    there = {own for own, origin in zip(photos.ids, origins, strict=True) if not origin}
+    is_lost = np.asarray([bool(origin) and origin not in there for origin in origins])
+    photos = replace(photos, origins=np.asarray(origins, ID_DTYPE))
+    if not is_lost.any():
+        return photos
+    lost = Tally()
+    lost.add(photos.ids[is_lost])
+    note = f"augmented copies whose original is gone, skipped: {lost}"
+    return replace(photos.select(np.flatnonzero(~is_lost)), notes=(*photos.notes, note))
 
 
 def _check_classes(

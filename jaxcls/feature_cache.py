@@ -3,7 +3,6 @@
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from uuid import uuid4
 
@@ -14,10 +13,10 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from jaxcls.data.dataset import Dataset, find_problems, leave_out
-from jaxcls.errors import ClassifierError, ImageError
+from jaxcls.data.inventory import content_digests
+from jaxcls.errors import ClassifierError
 from jaxcls.models.precision import Precision, compute_dtype
 from jaxcls.models.pretrained import Backbone
-from jaxcls.progress import show_progress
 from jaxcls.scoring import extract_features
 from jaxcls.storage import make_private_folder
 
@@ -57,7 +56,7 @@ def features_of(
         DatasetError: too many photos cannot be read.
         ClassifierError: features are not finite.
     """
-    digests = [b""] * len(dataset) if cache is None else _digests(dataset, progress)
+    digests = [b""] * len(dataset) if cache is None else content_digests(dataset, progress=progress)
     folder = None if cache is None else cache / _backbone_digest(backbone, precision)
     known = {} if folder is None else dict(_read(folder, backbone.num_features, set(digests), report))
     missing = [i for i, digest in enumerate(digests) if digest not in known]
@@ -88,23 +87,6 @@ def features_of(
         if folder is not None and (readable := [i for i in some if digests[i]]):
             _write(folder, [digests[i] for i in readable], values[readable])
     return dataset, values
-
-
-def _digests(dataset: Dataset, progress: bool) -> list[bytes]:
-    """Of each photo's bytes; none of one that cannot be read."""
-
-    def digest(index: int) -> bytes:
-        try:
-            item = dataset.source[index]
-        except (ImageError, OSError):
-            return b""
-        if isinstance(item, bytes):
-            return hashlib.sha256(item).digest()
-        return hashlib.sha256(repr(item.shape).encode() + np.ascontiguousarray(item).tobytes()).digest()
-
-    with ThreadPoolExecutor() as pool:
-        found = pool.map(digest, range(len(dataset)))
-        return list(show_progress(found, "reading", len(dataset)) if progress else found)
 
 
 def _backbone_digest(backbone: Backbone, precision: Precision) -> str:

@@ -13,6 +13,7 @@ from tyro.conf import OmitArgPrefixes, Positional
 import jaxcls
 from jaxcls.commands.base import DONE, BackboneOptions, PhotoCommand, feature_cache, is_classifier, note
 from jaxcls.data.duplicates import describe_leakage, find_duplicates, find_leakage
+from jaxcls.data.inventory import compare_inventories, read_inventory, take_inventory
 from jaxcls.errors import UsageError
 from jaxcls.storage import Storage
 
@@ -30,21 +31,28 @@ class Info(PhotoCommand):
     """List the photos that show the same."""
     test_data: Path | None = None
     """A folder of test photos: list those that show the same as a photo of the first folder."""
+    inventory: Path | None = None
+    """Say which photos were added, removed, changed or moved since this file was written; write it anew. In
+    the folder of the photos, `sha256sum --check FILE` reads it too."""
     label_errors: bool = False
     """Rank the photos whose label is probably wrong, by the features of --backbone."""
     start: OmitArgPrefixes[BackboneOptions] = field(default_factory=BackboneOptions)
 
     def run(self) -> int:
-        asked = self.duplicates or self.label_errors or self.test_data is not None
+        asked = self.duplicates or self.label_errors or self.test_data or self.inventory
         if asked and (self.path is None or is_classifier(self.path)):
-            raise UsageError("--duplicates, --test-data and --label-errors go with a folder of photos")
+            raise UsageError(
+                "--duplicates, --test-data, --inventory and --label-errors go with a folder of photos"
+            )
         if self.path is None:
             print(_describe_installation())
         elif is_classifier(self.path):
             print(_describe_classifier(self.path))
         else:
-            dataset = self.read(self.path)
+            dataset = self._read(self.path, None)
             print(dataset.summary())
+            if self.inventory is not None:
+                print(_update_inventory(dataset, self.inventory))
             jaxcls.scan(dataset)
             print("every image can be decoded")
             if self.duplicates or self.label_errors:
@@ -64,6 +72,16 @@ class Info(PhotoCommand):
         from jaxcls.svm.labels import check_labels
 
         return check_labels(dataset, self.start.load(), cache=feature_cache(), progress=True, report=note)
+
+
+def _update_inventory(dataset: jaxcls.Dataset, path: Path) -> str:
+    """What changed since the file at `path` was written, which is written anew."""
+    before = read_inventory(path) if path.exists() else None
+    now = take_inventory(dataset)
+    now.write(path)
+    if before is None:
+        return f"inventory of {len(now)} images: {path}"
+    return f"since {path} was written: {compare_inventories(before, now)}"
 
 
 def _describe_installation() -> str:

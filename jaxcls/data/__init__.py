@@ -14,6 +14,7 @@ with epy.lazy_api_imports(globals()):
         hashing,
         image_search,
         images,
+        inventory,
         lineage,
         lists,
         pacing,

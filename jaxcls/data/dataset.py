@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,9 +11,9 @@ from PIL import Image
 from jaxcls.data import images
 from jaxcls.data.lineage import find_families, join_groups
 from jaxcls.data.source import Item, JoinedSource, MemorySource, SelectedSource, Source
-from jaxcls.data.splitting import by_class, choose_training, shuffled_units
+from jaxcls.data.splitting import by_class, choose_training, keep_sides, shuffled_units
 from jaxcls.errors import DatasetError, ImageError, UsageError
-from jaxcls.progress import show_progress
+from jaxcls.progress import map_threads
 
 UNLABELLED = -1
 ID_DTYPE = np.dtypes.StringDType()
@@ -113,6 +112,12 @@ class Dataset:
         """The photos without the augmented copies."""
         return self if self.origins is None else self.select(np.flatnonzero(~self.is_copy))
 
+    def group_originals(self, groups: np.ndarray) -> "Dataset":
+        """The same photos in other groups, int32 [number of originals]; each copy is in its original's."""
+        own = np.arange(len(self)) + groups.max(initial=-1) + 1
+        own[~self.is_copy] = groups
+        return replace(self, groups=own)
+
     def require_originals(self) -> None:
         """Raise UsageError if there are augmented copies: what is measured on them flatters or misleads."""
         if num_copies := int(self.is_copy.sum()):
@@ -170,11 +175,7 @@ class Dataset:
         Raises:
             DatasetError: an id that the dataset does not have.
         """
-        ids = list(ids)
-        position = {own_id: index for index, own_id in enumerate(self.ids)}
-        if unknown := [wanted for wanted in ids if wanted not in position]:
-            raise DatasetError(f"{len(unknown)} ids are not in dataset {self.name}: first {unknown[0]}")
-        return self.select([position[wanted] for wanted in ids])
+        return self.select(self._positions(ids))
 
     def filter(self, keep: Callable[[str, str | None], bool]) -> "Dataset":
         """The photos for which `keep(id, class name or None)` is true."""
@@ -261,7 +262,12 @@ class Dataset:
         return replace(self, groups=np.asarray([numbers[folder] for folder in folders], np.int32))
 
     def split(
-        self, train_size: float | int = 0.66, *, stratify: bool = True, seed: int = 0
+        self,
+        train_size: float | int = 0.66,
+        *,
+        stratify: bool = True,
+        seed: int = 0,
+        previous: tuple[Iterable[str], Iterable[str]] | None = None,
     ) -> tuple["Dataset", "Dataset"]:
         """Divide into a training and a test set, the same on every platform.
 
@@ -276,9 +282,14 @@ class Dataset:
             train_size: a fraction in (0, 1), or the number of training photos.
             stratify: keep the share of every class.
             seed: another seed, another split.
+            previous: ids of an earlier split's training set and of its test set. They stay on their sides;
+                others are divided so that sizes and shares come as near as can be. New photos of their groups
+                go with them; a group that is on both sides by now goes to the training set. The test set's
+                notes tell.
 
         Raises:
             DatasetError: a stratified class with one photo or group, or a side without any.
+            UsageError: `previous` has none of the photos, or the same on both sides.
         """
         families = self._families()
         leaders = np.unique(families)  # every photo, where there are no copies
@@ -289,13 +300,18 @@ class Dataset:
                 "give a fraction between 0 and 1, or a number of images"
             )
         groups = None if self.groups is None else self.groups[leaders]
-        units = shuffled_units(self.ids[leaders], groups, seed)
-        labels = self.labels[leaders]
+        ids, labels = self.ids[leaders], self.labels[leaders]
+        units = shuffled_units(ids, groups, seed)
+        kept = None if previous is None else keep_sides(units, ids, *previous)
+        if kept is not None:
+            units = kept.units
         strata = by_class(units, labels, self.classes) if stratify else {f"dataset {self.name}": units}
         leads_training = np.zeros(len(leaders), bool)
         leads_training[choose_training(strata, int(target))] = True
         in_training = leads_training[np.searchsorted(leaders, families)]
-        return self.select(np.flatnonzero(in_training)), self.select(np.flatnonzero(~in_training))
+        notes = () if kept is None else kept.describe(ids, leads_training)
+        test = replace(self.select(np.flatnonzero(~in_training)), notes=notes)
+        return self.select(np.flatnonzero(in_training)), test
 
     def split_by_ids(self, test_ids: Iterable[str]) -> tuple["Dataset", "Dataset"]:
         """Training and test set, the latter given by its ids; augmented copies go with their original.
@@ -303,7 +319,9 @@ class Dataset:
         Raises:
             DatasetError: an id that the dataset does not have, or an empty side.
         """
-        return self._divide(np.isin(self.ids, self.select_ids(test_ids).ids), "these ids")
+        in_test = np.zeros(len(self), bool)
+        in_test[self._positions(test_ids)] = True
+        return self._divide(in_test, "these ids")
 
     def split_by_folder(self, test_folder: str) -> tuple["Dataset", "Dataset"]:
         """Training and test set; a photo with a folder named `test_folder` in its id is a test photo.
@@ -330,6 +348,13 @@ class Dataset:
     def _families(self) -> np.ndarray:
         """int64 [N], as by `find_families`."""
         return np.arange(len(self)) if self.origins is None else find_families(self.ids, self.origins)
+
+    def _positions(self, ids: Iterable[str]) -> list[int]:
+        ids = list(ids)
+        position = {own_id: index for index, own_id in enumerate(self.ids)}
+        if unknown := [wanted for wanted in ids if wanted not in position]:
+            raise DatasetError(f"{len(unknown)} ids are not in dataset {self.name}: first {unknown[0]}")
+        return [position[wanted] for wanted in ids]
 
     def _divide(self, in_test: np.ndarray, what: str) -> tuple["Dataset", "Dataset"]:
         # One of a copy and its original is enough: neither may be trained on.
@@ -385,8 +410,7 @@ def find_problems(dataset: Dataset) -> list[str | None]:
             return str(error)
         return None
 
-    with ThreadPoolExecutor() as pool:
-        return list(show_progress(pool.map(problem, range(len(dataset))), "scanning", len(dataset)))
+    return list(map_threads(problem, len(dataset), "scanning"))
 
 
 def leave_out(dataset: Dataset, problems: Sequence[str | None], *, max_bad_fraction: float) -> Dataset:

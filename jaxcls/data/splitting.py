@@ -16,6 +16,8 @@ FREE, TRAINING, TEST = 0, 1, 2
 """The sides of units."""
 BLOCK_SIZE = 2**16
 """Units whose ids are Python strings at once."""
+NUM_SHOWN = 20
+"""Photos that a note names."""
 TRAIN_IDS, TEST_IDS = "train_ids.txt", "test_ids.txt"
 """The files that tell how a run's photos were split, an id in each line."""
 
@@ -81,30 +83,62 @@ def shuffled_units(ids: np.ndarray, groups: np.ndarray | None, seed: int) -> Uni
     return units.select(np.lexsort((low, high)))
 
 
-def keep_sides(
-    units: Units, ids: np.ndarray, train_ids: Iterable[str], test_ids: Iterable[str]
-) -> tuple[Units, np.ndarray]:
-    """Settle the units with photos of an earlier split: they stay on their side.
+@dataclass(frozen=True, eq=False)
+class Kept:
+    """Units of N photos, some of them settled by an earlier split.
 
-    Returns:
-        The units; and int64 [M], the positions of earlier test photos that go over to the training set, since
-        their group has photos there too.
+    Attributes:
+        units: a unit with a photo of the earlier split is on its side.
+        was_training, was_test: bool [N], the sides that the earlier split had.
+    """
+
+    units: Units
+    was_training: np.ndarray
+    was_test: np.ndarray
+
+    def describe(self, ids: np.ndarray, in_training: np.ndarray) -> tuple[str, ...]:
+        """What became of the N photos, of which some, bool [N], are in the training set now."""
+        is_new = ~(self.was_training | self.was_test)
+        new = [int((is_new & side).sum()) for side in (in_training, ~in_training)]
+        old = [int(side.sum()) for side in (self.was_training & in_training, self.was_test & ~in_training)]
+        notes = [
+            f"the split is kept: {old[0]} training and {old[1]} test images stay, "
+            f"{new[0]} training and {new[1]} test images are new"
+        ]
+        moved = np.flatnonzero(self.was_test & in_training)
+        if len(moved):
+            shown = ", ".join(ids[moved[:NUM_SHOWN]]) + (", ..." if len(moved) > NUM_SHOWN else "")
+            notes.append(
+                f"{len(moved)} of its test images went over to the training set, "
+                f"where others of their group are: {shown}"
+            )
+        return tuple(notes)
+
+
+def keep_sides(units: Units, ids: np.ndarray, train_ids: Iterable[str], test_ids: Iterable[str]) -> Kept:
+    """Settle what an earlier split settled.
+
+    A group with photos of both its sides is trained on: tested on, it would flatter the classifier that was
+    trained on some of it.
 
     Raises:
-        UsageError: an id on both sides, or none that is among `ids`.
+        UsageError: an id is on both sides, or none is among `ids`.
     """
     training, test = set(train_ids), set(test_ids)
     if both := training & test:
-        raise UsageError(f"the split to keep has {len(both)} ids on both sides: first {min(both)}")
-    names = ids[units.positions].tolist()
-    was_training, was_test = (np.asarray([name in side for name in names]) for side in (training, test))
+        raise UsageError(
+            f"the split to keep has {len(both)} ids on both sides, first {min(both)}: was it of two folders?"
+        )
+    was_training, was_test = (
+        np.fromiter((name in side for name in ids), bool, len(ids)) for side in (training, test)
+    )
     if not (was_training | was_test).any():
         raise UsageError("the split to keep has none of these images: is it one of another folder?")
-    has_training, has_test = (np.logical_or.reduceat(was, units.starts) for was in (was_training, was_test))
+    has_training, has_test = (
+        np.logical_or.reduceat(was[units.positions], units.starts) for was in (was_training, was_test)
+    )
     sides = np.select([has_training, has_test], [TRAINING, TEST], FREE).astype(np.int8)
-    # Not the other way round: what an earlier classifier was trained on would be tested on.
-    moved = units.positions[was_test & np.repeat(has_training, units.sizes)]
-    return replace(units, sides=sides), np.sort(moved)
+    return Kept(replace(units, sides=sides), was_training, was_test)
 
 
 def by_class(units: Units, labels: np.ndarray, classes: Sequence[str]) -> dict[str, Units]:

@@ -9,6 +9,7 @@ from typing import Any
 
 from jaxcls.classifier import load
 from jaxcls.data.dataset import Dataset
+from jaxcls.data.splitting import write_split
 from jaxcls.errors import ClassifierError, UsageError
 from jaxcls.models.pretrained import Backbone
 from jaxcls.train.config import FinetuneConfig
@@ -49,7 +50,7 @@ def open_reporters(folder: Path, history: Sequence[Mapping[str, Any]], step: int
 def write_config(
     folder: Path, config: FinetuneConfig, backbone: Backbone, train: Dataset, test: Dataset | None
 ) -> None:
-    """Describe a run in `config.json`, and list what it is evaluated on in `test_ids.txt`."""
+    """Describe a run in `config.json`, and list the ids of both sides where there are two."""
     datasets = {"train": train, "eval": test}
     description = {
         "config": asdict(config),
@@ -65,7 +66,7 @@ def write_config(
     text = json.dumps(description, indent=2, ensure_ascii=False)
     (folder / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
     if test is not None:
-        (folder / "test_ids.txt").write_text("".join(f"{i}\n" for i in test.ids), encoding="utf-8")
+        write_split(folder, train.ids, test.ids)
 
 
 def has_classifier(folder: Path, num_epochs: int) -> bool:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import tyro
 
 import jaxcls
+from jaxcls.commands.augment import Augment
 from jaxcls.commands.base import FAILED, INTERRUPTED, WRONG_USAGE
 from jaxcls.commands.gather import Gather
 from jaxcls.commands.info import Info
@@ -18,8 +19,8 @@ from jaxcls.errors import JaxclsError, UsageError
 from jaxcls.storage import Storage
 
 COMMANDS = (
-    Quickstart, Info, Gather, Pack, Train, Svm, Evaluate, Predict, Export, Serve, Deploy, List, Delete, Score,
-    Loadtest, Docker,
+    Quickstart, Info, Gather, Augment, Pack, Train, Svm, Evaluate, Predict, Export, Serve, Deploy, List,
+    Delete, Score, Loadtest, Docker,
 )  # fmt: skip
 
 

@@ -27,6 +27,7 @@ class Predictions:
         labels: int32 [N], the true classes, -1 where unknown; None where none is known.
         abstained: bool [N], where the classifier declined to answer. False in the rows of `errors`.
         errors: index -> message, for the images that could not be read.
+        is_copy: bool [N], the augmented copies, which `evaluate` refuses; None where there are none.
 
     Raises:
         UsageError: the parts do not fit together.
@@ -39,6 +40,7 @@ class Predictions:
     labels: NDArray[np.int32] | None
     abstained: NDArray[np.bool_]
     errors: Mapping[int, str] = field(default_factory=dict)
+    is_copy: NDArray[np.bool_] | None = None
 
     def __post_init__(self) -> None:
         N, K = len(self.ids), len(self.classes)
@@ -52,6 +54,8 @@ class Predictions:
             _require_array("labels", self.labels, np.int32, (N,))
             within = bool(((self.labels >= -1) & (self.labels < K)).all())
             _require(within, f"labels must lie from -1 (unknown) to {K - 1}")
+        if self.is_copy is not None:
+            _require_array("is_copy", self.is_copy, np.bool_, (N,))
         _require(all(0 <= i < N for i in self.errors), f"errors has an index outside 0 to {N - 1}")
         self._check_rows()
 

@@ -155,6 +155,7 @@ def predict(
         labels=None if (dataset.labels == UNLABELLED).all() else dataset.labels,
         abstained=np.zeros(len(scores), bool) if thresholds is None else are_below(scores, thresholds),
         errors=errors,
+        is_copy=None if dataset.origins is None else dataset.is_copy,
     )
 
 

@@ -18,7 +18,7 @@ errors
 storage progress
 parallel
 predictions
-data.images data.download data.source data.splitting data.lineage data.dataset data.folder data.lists
+data.images data.download data.source data.splitting data.lineage data.dataset data.inventory data.folder data.lists
 data.hashing data.alignment data.duplicates
 data.pacing data.image_search data.provenance data.gather
 preprocess
@@ -41,7 +41,8 @@ train.reporters train.folder
 train.finetune
 svm.samples svm.newton svm.solver svm.calibration svm.cross_validation svm.labels svm.fit
 quickstart
-commands.base commands.output commands.info commands.gather commands.pack commands.training commands.scoring commands.service
+commands.base commands.output commands.info commands.gather commands.augment commands.pack
+commands.training commands.scoring commands.service
 cli
 """.split()  # noqa: SIM905 - a map, to be read as one
 

@@ -293,8 +293,8 @@ def _fill(
     write_lineage(folder, [done.get(own, photo) for own, photo in wanted.items()])
     num_copies = len(wanted) - len(originals)
     return (
-        f"{folder}: {len(originals)} images and {num_copies} augmented copies, {len(made)} of them made, "
-        f"{num_copies - len(made)} kept from before; {sum(bool(photo.original) for photo in removed)} removed"
+        f"{folder}: {len(originals)} images and {num_copies} augmented copies ({len(made)} new, "
+        f"{num_copies - len(made)} from before; {sum(bool(photo.original) for photo in removed)} removed)"
     )
 
 

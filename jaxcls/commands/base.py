@@ -44,14 +44,19 @@ class PhotoCommand(Command):
     def read(
         self, path: Path, classes: Sequence[str] | None = None, *, skip_bad: bool = False
     ) -> jaxcls.Dataset:
-        """The photos of a folder, records or a list, without undecodable ones if these are to be skipped."""
+        """The photos of a folder, records or a list; says what is left out.
+
+        Args:
+            path: where they lie.
+            classes: the class names that are expected.
+            skip_bad: leave undecodable photos out, too.
+        """
         photos = self._read(path, classes)
-        if not skip_bad:
-            return photos
-        good = jaxcls.scan(photos, max_bad_fraction=1.0)
-        for line in good.notes[len(photos.notes) :]:
-            print(line, file=sys.stderr)
-        return good
+        if skip_bad:
+            photos = jaxcls.scan(photos, max_bad_fraction=1.0)
+        for line in photos.notes:
+            note(line)
+        return photos
 
     def _read(self, path: Path, classes: Sequence[str] | None) -> jaxcls.Dataset:
         """What lies at `path`; a folder of photos unless it is something else."""
@@ -167,11 +172,17 @@ def new_output(command: str) -> Path:
     return Storage.default().outputs / f"{command}-{datetime.now():%Y%m%d-%H%M%S}"
 
 
-def report(classifier: jaxcls.Classifier, dataset: jaxcls.Dataset, out: Path | None = None) -> int:
+def report(
+    classifier: jaxcls.Classifier,
+    dataset: jaxcls.Dataset,
+    out: Path | None = None,
+    *,
+    allow_copies: bool = False,
+) -> int:
     """Print the evaluation; write predictions and plot into `out`."""
     plots = jaxcls.evaluation.plots
     predictions = jaxcls.predict(classifier, dataset, progress=True)
-    evaluation = jaxcls.evaluate(predictions)
+    evaluation = jaxcls.evaluate(predictions, allow_copies=allow_copies)
     print(evaluation)
     for message in predictions.errors.values():
         print(f"jaxcls: {message}", file=sys.stderr)

@@ -28,6 +28,8 @@ class Evaluate(PhotoCommand):
     """The folder of photos, one sub-folder per class."""
     ids: Path | None = None
     """Only the photos whose ids this file lists, one a line, such as a run's `test_ids.txt`."""
+    allow_copies: bool = False
+    """Count augmented copies like other photos."""
     out: Path | None = None
     """A new folder for predictions.csv and plots: confusion matrix, ROC, precision and recall, reliability."""
 
@@ -38,7 +40,13 @@ class Evaluate(PhotoCommand):
         dataset = self.read(self.data, classifier.classes)
         if self.ids is not None:
             dataset = dataset.select_ids(read_lines(self.ids))
-        return report(classifier, dataset, self.out)
+        if not self.allow_copies and (num_copies := int(dataset.is_copy.sum())):
+            raise UsageError(
+                f"{num_copies} of the {len(dataset)} images in {self.data} are augmented copies: give the "
+                "originals that were held out (--ids RUN/test_ids.txt), or count copies on purpose "
+                "(--allow-copies)"
+            )
+        return report(classifier, dataset, self.out, allow_copies=self.allow_copies)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,7 @@ import numpy as np
 
 from jaxcls.data.dataset import ID_DTYPE, Dataset
 from jaxcls.data.images import MAX_PIXELS, SUFFIXES
-from jaxcls.data.lineage import read_lineage
+from jaxcls.data.lineage import LINEAGE_FILE, read_lineage
 from jaxcls.data.source import FileSource
 from jaxcls.errors import DatasetError
 
@@ -234,7 +234,8 @@ def _read(root: Path, prefix: str, listing: Listing) -> tuple[list[str], list[st
             elif name.startswith("."):
                 hidden.append(name)
             elif name[name.rfind(".") :].lower() not in SUFFIXES:
-                other.append(name)
+                if prefix or name != LINEAGE_FILE:
+                    other.append(name)
             else:
                 try:
                     if not entry.stat().st_size:

@@ -324,12 +324,22 @@ class Evaluation:
         return self.report()
 
 
-def evaluate(predictions: Predictions) -> Evaluation:
+def evaluate(predictions: Predictions, *, allow_copies: bool = False) -> Evaluation:
     """Compare predictions with the labels they carry.
 
+    Args:
+        predictions: what a classifier said.
+        allow_copies: count augmented copies like other images.
+
     Raises:
-        UsageError: there are no labels, or no labelled image was read and answered.
+        UsageError: there are no labels, no labelled image was read and answered, or there are augmented
+            copies that are not allowed.
     """
+    if predictions.is_copy is not None and predictions.is_copy.any() and not allow_copies:
+        raise UsageError(
+            f"{predictions.is_copy.sum()} of {len(predictions)} images are augmented copies: predict on the "
+            "originals alone (Dataset.originals()), or count them on purpose (allow_copies=True)"
+        )
     labels = predictions.labels
     if labels is None or not (labels >= 0).any():
         raise UsageError("the predictions carry no labels: predict on a labelled dataset to evaluate")

@@ -113,12 +113,13 @@ def finetune(
         dataset: the training photos; each is decoded once before training, to find bad ones.
         backbone: where to start, unchanged; of a classifier, its backbone.
         config: default: AMLPCV's recipe.
-        eval_dataset: evaluated after every epoch; never trained on. The last epoch is kept, not the best:
-            choosing by this set would leave none to measure with. Unless both datasets have groups, the
-            first message warns of its photos that show the same as a training photo.
-        run_dir: an empty or new folder for `config.json`, `test_ids.txt` (of `eval_dataset`),
-            `metrics.jsonl`, TensorBoard events, `accuracy.png`, `checkpoints/` and `classifier/`. Ctrl-C
-            leaves all of them as of the last whole epoch; without a folder it leaves nothing.
+        eval_dataset: evaluated after every epoch; never trained on, and without augmented copies. The last
+            epoch is kept, not the best: choosing by this set would leave none to measure with. Unless both
+            datasets have groups, the first message warns of its photos that show the same as a training photo.
+        run_dir: an empty or new folder for `config.json`, `train_ids.txt` and `test_ids.txt` (if there
+            is an `eval_dataset`), `metrics.jsonl`, TensorBoard events, `accuracy.png`, `checkpoints/` and
+            `classifier/`. Ctrl-C leaves all of them as of the last whole epoch; without a folder it leaves
+            nothing.
         resume: go on with the run in `run_dir`, from its newest undamaged checkpoint. Without one, start
             from the beginning; a finished run returns its result at once.
         reporters: listeners besides those of `run_dir`. Default: the console.
@@ -159,6 +160,8 @@ class _Run:
         # What can be refused before the scan is: it reads every photo.
         dataset.require_every_class()
         dataset.class_weights(config.class_weight)
+        if eval_dataset is not None:
+            eval_dataset.require_originals()
         self.mesh = make_mesh(config.batch_size, across_processes=True)
         self.share = Share(jax.process_index(), jax.process_count())
         self.limit, self.budget = (
@@ -213,8 +216,9 @@ class _Run:
                     f"evaluation dataset {eval_dataset.name} needs images, all of them labelled"
                 )
             has_groups = self.dataset.groups is not None and self.eval_dataset.groups is not None
-            if is_first_process() and not has_groups:
-                self.leakage = find_leakage(self.dataset, self.eval_dataset)
+            # With augmented copies there are groups, whether or not duplicates were looked for.
+            if is_first_process() and not (has_groups and self.dataset.origins is None):
+                self.leakage = find_leakage(self.dataset.originals(), self.eval_dataset)
             self.eval_views = EvaluationViews(
                 self.eval_dataset,
                 self.backbone.preprocess,

@@ -58,7 +58,7 @@ Tick = Callable[[int], object]
 
 PER_QUERY = 50
 MAX_PAGES = 50
-"""Pages of one search: an end for providers that know none."""
+"""Of one search, which a page without anything new ends earlier."""
 CHECKED_SIDE = 64
 """Pixels of the short side at which a photo is decoded to see whether it can be."""
 PARTIAL = ".partial"
@@ -477,12 +477,15 @@ class _Gathering:
         return batch
 
     async def _search(self, query: str) -> AsyncGenerator[Found]:
+        seen: set[str] = set()
         for number in range(MAX_PAGES):
             page = await self._searcher.search(query, number)
             for found in page.found:
                 yield found
-            if page.is_last or not page.found:
+            urls = {found.url for found in page.found}
+            if page.is_last or urls <= seen:
                 return
+            seen |= urls
 
     async def _take(self, job: _Job, found: Found, tick: Tick) -> bool:
         """Whether the photo was kept."""

@@ -44,7 +44,7 @@ class Found:
 
 @dataclass(frozen=True)
 class Page:
-    """A page of results, the best first, and whether it is known to be the last; an empty one is."""
+    """A page of results, the best first, and whether it is known to be the last."""
 
     found: tuple[Found, ...]
     is_last: bool = False

@@ -39,7 +39,7 @@ class Limits:
     def __post_init__(self) -> None:
         if min(self.num_requests, self.num_per_host, self.num_attempts) < 1:
             raise UsageError("num_requests, num_per_host and num_attempts are 1 or more")
-        if not min(self.interval_seconds, self.pause_seconds, self.max_pause_seconds) >= 0:
+        if not all(s >= 0 for s in (self.interval_seconds, self.pause_seconds, self.max_pause_seconds)):
             raise UsageError("interval_seconds, pause_seconds and max_pause_seconds are 0 or more")
 
 

@@ -25,7 +25,7 @@ import pytest
 from PIL import Image
 
 from jaxcls.data import download
-from jaxcls.data.download import PUBLIC, Guard, fetch, fetch_sync, is_public
+from jaxcls.data.download import PUBLIC, Guard, fetch, fetch_json, fetch_sync, is_public
 from jaxcls.data.images import FORMATS
 from jaxcls.errors import DownloadError, JaxclsError
 
@@ -813,6 +813,78 @@ def test_a_redirect_to_https_is_checked_by_its_own_name(tls_server, server):
     assert fetch_sync(server.url("/right", "other.example"), guard) == PICTURE
     assert "CERTIFICATE_VERIFY_FAILED" in refusal(server.url("/wrong", "photos.example"), guard).reason
     assert names == ["photos.example", "other.example"]
+
+
+# JSON of services.
+
+SECRET = "key/+&=0123456789"
+
+
+def ask(server: Server, path: str, **changes) -> object:
+    secrets = {"headers": {"X-Token": SECRET}, "secrets": [SECRET], "guard": server.guard(**changes)}
+    return asyncio.run(fetch_json(server.url(path), {"q": "caf\u00e9 & co", "key": SECRET}, **secrets))
+
+
+def test_json_with_a_query_and_headers(server):
+    server.pages["/search?q=caf%C3%A9+%26+co&key=key%2F%2B%26%3D0123456789"] = answer(
+        b'{"found": ["\\u00e9"]}'
+    )
+    assert ask(server, "/search") == {"found": ["\u00e9"]}
+    head = server.requests[0].lower()
+    assert f"x-token: {SECRET.lower()}\r\n" in head
+    assert "accept: application/json\r\n" in head
+
+
+@pytest.mark.parametrize(
+    ("page", "reason"),
+    [
+        (answer(b"<html>"), "the answer is not JSON"),
+        (answer(b"[" * 100_000), "the answer is not JSON"),
+        (answer(b"\xff"), "the answer is not JSON"),
+        (answer(b"", "404 Not Found"), "the server answered 404 Not Found"),
+        (answer(b'{"detail": "gone"}', "410 Gone"), "the server answered 410 Gone: gone"),
+        (
+            answer(b'{"error": {"code": 7, "message": "no \\n"}}', "400 Bad Request"),
+            "the server answered 400 Bad Request: no \\n",
+        ),
+        (answer(b'{"error": ["x"]}', "400 Bad Request"), "the server answered 400 Bad Request"),
+        (
+            answer(f'{{"error": "key {SECRET} or key%2F%2B%26%3D0123456789"}}'.encode(), "401 Unauthorized"),
+            "the server answered 401 Unauthorized: key *** or ***",
+        ),
+        (redirect("/photo"), "the server answered 302 Found"),
+        (answer(b"1" * 2000), "longer than 1,000 bytes"),
+    ],
+)
+def test_what_is_no_json_and_what_the_service_says_of_it(page, reason, server, caplog):
+    caplog.set_level("DEBUG")
+    server.pages = dict.fromkeys(["/a?q=caf%C3%A9+%26+co&key=key%2F%2B%26%3D0123456789"], page)
+    with pytest.raises(DownloadError) as caught:
+        ask(server, "/a", max_bytes=1000 if "1,000" in reason else 10**6)
+    assert (caught.value.url, caught.value.reason) == (server.url("/a"), reason)
+    assert len(server.requests) == 1
+    assert "0123456789" not in caplog.text
+
+
+def test_a_service_is_asked_under_the_same_guard(server, network):
+    for url in (
+        "http://127.0.0.1/",
+        "http://intranet.example/",
+        "file:///etc/passwd",
+        "http://a:b@x.example/",
+    ):
+        with pytest.raises(DownloadError):
+            asyncio.run(fetch_json(url, {}, {}))
+    assert not network.connections
+
+
+@pytest.mark.parametrize(("value", "seconds"), [("7", 7), (None, 0), ("soon", 0)])
+def test_how_long_a_server_asks_to_wait(value, seconds, server):
+    server.pages["/busy"] = answer(status="429 Too Many Requests", retry_after=value)
+    error = refusal(server.url("/busy"), server.guard())
+    assert (error.status, error.retry_after, error.is_transient) == (429, seconds, True)
+    again = pickle.loads(pickle.dumps(error))
+    assert (again.status, again.retry_after) == (429, seconds)
 
 
 # Callers.

@@ -1,0 +1,79 @@
+"""When requests are sent, by the event loop's own clock."""
+
+import asyncio
+
+import pytest
+
+from jaxcls.data.pacing import Limits, Pacer
+from jaxcls.errors import DownloadError, UsageError
+
+
+def run(limits: Limits, plan: list[tuple[str, list]]) -> tuple[list, list[tuple[str, float]]]:
+    """Send a request for each (host, outcomes), all at once: their ends, and (host, seconds) of each start."""
+    starts = []
+
+    async def send(pacer: Pacer, host: str, outcomes: list):
+        async def request():
+            starts.append((host, asyncio.get_running_loop().time() - begin))
+            await asyncio.sleep(0.05)
+            outcome = outcomes.pop(0)
+            if isinstance(outcome, Exception):
+                raise outcome
+            return outcome
+
+        return await pacer.send(host, request)
+
+    async def main():
+        nonlocal begin
+        begin = asyncio.get_running_loop().time()
+        pacer = Pacer(limits)
+        return await asyncio.gather(*(send(pacer, *item) for item in plan), return_exceptions=True)
+
+    begin = 0.0
+    return asyncio.run(main()), starts
+
+
+def fails(is_transient: bool = True, retry_after: float = 0.0) -> DownloadError:
+    return DownloadError("http://a/", "no", is_transient, None, retry_after)
+
+
+def test_a_busy_host_keeps_no_other_waiting():
+    limits = Limits(num_requests=2, num_per_host=1, interval_seconds=0.2)
+    _, starts = run(limits, [("a", [1])] * 3 + [("b", [1])])
+    times = [seconds for host, seconds in starts if host == "a"]
+    assert dict(starts)["b"] < 0.1
+    assert 0.35 < times[-1] < 0.7
+
+
+def test_attempts_end_with_success_with_their_number_or_with_an_error_that_stays():
+    limits = Limits(num_per_host=9, interval_seconds=0, pause_seconds=0.05, max_pause_seconds=1)
+    last, final, patient = fails(), fails(is_transient=False), fails(retry_after=2)
+    plan = [
+        ("a", [fails(), fails(), "done"]),
+        ("b", [fails(), fails(), last]),
+        ("c", [final]),
+        ("d", [patient]),
+    ]
+    results, starts = run(limits, plan)
+    assert results == ["done", last, final, patient]
+    a = [seconds for host, seconds in starts if host == "a"]
+    assert len(starts) == 3 + 3 + 1 + 1
+    assert a[1] - a[0] > 0.05 + 0.045  # the request and the pause
+    assert a[2] - a[1] > 0.05 + 0.095
+
+
+def test_a_host_that_asks_for_rest_has_it_from_all():
+    limits = Limits(num_per_host=1, interval_seconds=0, pause_seconds=0)
+    _, starts = run(limits, [("a", [fails(retry_after=0.3), 1]), ("a", [2]), ("b", [3])])
+    assert sorted(host for host, seconds in starts if seconds < 0.2) == ["a", "b"]
+    assert len(starts) == 4
+
+
+@pytest.mark.parametrize(
+    "values",
+    [{"num_requests": 0}, {"num_per_host": 0}, {"num_attempts": 0}, {"interval_seconds": -1},
+     {"pause_seconds": float("nan")}, {"max_pause_seconds": -0.1}],
+)  # fmt: skip
+def test_limits_that_cannot_be(values):
+    with pytest.raises(UsageError, match=next(iter(values))):
+        Limits(**values)

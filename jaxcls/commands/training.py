@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import sys
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -26,6 +26,7 @@ from jaxcls.commands.base import (
     report,
 )
 from jaxcls.data.duplicates import describe_leakage, find_duplicates, find_leakage
+from jaxcls.data.splitting import read_split, write_split
 from jaxcls.errors import UsageError
 from jaxcls.models.precision import Precision
 from jaxcls.train.config import FinetuneConfig
@@ -55,6 +56,8 @@ class SplitOptions:
     """Share of the photos to train on; 1: all of them, without a test; above 1: their number."""
     split_seed: int = 0
     """Another seed, another held-out part."""
+    keep_split: Path | None = None
+    """A run, or a classifier of `jaxcls svm`: its photos stay on their sides, only new ones are divided."""
     group_duplicates: bool = True
     """Look for photos that show the same, and hold out all or none of them."""
 
@@ -72,26 +75,44 @@ class TrainingCommand(PhotoCommand):
 
     def divide(self) -> tuple[jaxcls.Dataset, jaxcls.Dataset | None]:
         """Training and test set."""
+        is_settled = self.split.test_data is not None or self.split.train_size == 1
+        if self.split.keep_split is not None and is_settled:
+            raise UsageError("--keep-split goes with neither --test-data nor --train-size 1")
         photos = self.read(self.data, skip_bad=self.skip_bad)
-        duplicates = find_duplicates(photos) if self.split.group_duplicates else None
+        originals = photos.originals()
+        duplicates = find_duplicates(originals) if self.split.group_duplicates else None
         if duplicates is not None:
-            photos = replace(photos, groups=duplicates.groups)
+            photos = photos.group_originals(duplicates.groups)
             if duplicates.num_exact or duplicates.num_near:
                 note(duplicates.summary().partition("\n")[0])
         if self.split.test_data is not None:
-            return photos, self.read(self.split.test_data, photos.classes, skip_bad=self.skip_bad)
+            test = self.read(self.split.test_data, photos.classes, skip_bad=self.skip_bad)
+            return photos, _leave_copies_out(test)
         size = self.split.train_size
         if size == 1:
             return photos, None
-        train, test = photos.split(int(size) if size > 1 else size, seed=self.split.split_seed)
+        previous = None if self.split.keep_split is None else read_split(self.split.keep_split)
+        size = int(size) if size > 1 else size
+        train, test = photos.split(size, seed=self.split.split_seed, previous=previous)
+        for line in test.notes:
+            note(line)
+        test = _leave_copies_out(test)
         if duplicates is None:
             return train, test
         # There are some only where photos form a chain, each like the next, and no group holds all of it.
-        twins = duplicates.twins(np.isin(photos.ids, test.ids))
+        tested = set(test.ids)
+        twins = duplicates.twins(np.asarray([i in tested for i in originals.ids]))
         if twins:
-            names = {photos.ids[photo]: photos.ids[twin] for photo, twin in twins.items()}
+            names = {originals.ids[photo]: originals.ids[twin] for photo, twin in twins.items()}
             print(describe_leakage(names, len(test)), file=sys.stderr)
         return train, test
+
+
+def _leave_copies_out(test: jaxcls.Dataset) -> jaxcls.Dataset:
+    """What is measured on: originals alone."""
+    if num_copies := int(test.is_copy.sum()):
+        note(f"{num_copies} augmented copies of test images are left out: these are measured on as they are")
+    return test.originals()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,5 +191,7 @@ class Svm(TrainingCommand):
             report=note,
         )
         path = classifier.save(self.out or new_output("svm") / "svm.jaxcls")
+        if test is not None and self.split.test_data is None:
+            write_split(path, train.ids, test.ids)
         print(f"classifier: {path}")
         return DONE if test is None else report(classifier, test)

@@ -21,6 +21,7 @@ predictions
 data.images data.download data.source data.splitting data.lineage data.dataset data.inventory data.folder data.lists
 data.hashing data.alignment data.duplicates
 data.pacing data.image_search data.provenance data.gather
+data.beneath data.annotations data.moves
 preprocess
 data.arrayrecord data.tfds
 augment.host augment.views augment.ops augment.copies
@@ -40,6 +41,7 @@ train.config train.state train.optimizer train.step train.memory train.signals t
 train.reporters train.folder
 train.finetune
 svm.samples svm.newton svm.solver svm.calibration svm.cross_validation svm.labels svm.fit
+ui.extra ui.app
 quickstart
 commands.base commands.output commands.info commands.gather commands.augment commands.pack
 commands.training commands.scoring commands.service

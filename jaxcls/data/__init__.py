@@ -5,7 +5,9 @@ from etils import epy
 with epy.lazy_api_imports(globals()):
     from jaxcls.data import (
         alignment,
+        annotations,
         arrayrecord,
+        beneath,
         dataset,
         download,
         duplicates,
@@ -17,6 +19,7 @@ with epy.lazy_api_imports(globals()):
         inventory,
         lineage,
         lists,
+        moves,
         pacing,
         provenance,
         source,

@@ -1,0 +1,14 @@
+"""What pages need that is not installed with the rest."""
+
+from importlib.util import find_spec
+
+from jaxcls.errors import MissingExtraError
+
+EXTRA = ("starlette", "uvicorn")
+
+
+def require_extra() -> None:
+    """Raise MissingExtraError unless all that pages need is installed."""
+    for package in EXTRA:
+        if find_spec(package) is None:
+            raise MissingExtraError(package, "a page", "pip install 'jaxcls[ui]'")

@@ -80,7 +80,8 @@ class Failure:
     reason: str
 
     def __str__(self) -> str:
-        return f"{self.label}: {self.reason}"
+        named = self.label if self.query in self.reason else f"{self.label}, {self.query!r}"
+        return f"{named}: {self.reason}"
 
 
 @dataclass(frozen=True)

@@ -121,11 +121,14 @@ def test_pages_are_turned_as_far_as_wanted_and_failures_are_replaced(web, out):
 
 def test_the_end_of_the_results_is_respected(web, out):
     """Openverse answers 401 to whoever asks beyond 240: that must not look like a wrong key."""
-    web.results["cup"] = [web.url(f"/missing/{n}") for n in range(300)]
-    gathered = run(web, {"cup": ["cup"], "none": ["nothing"]}, out, limits=replace(QUICK, num_per_host=16))
+    web.results["blue cup"] = [web.url(f"/missing/{n}") for n in range(300)]
+    gathered = run(
+        web, {"cup": ["blue cup"], "none": ["nothing"]}, out, limits=replace(QUICK, num_per_host=16)
+    )
     assert len(web.asked("/search")) == 12 + 1
     assert len(gathered.failures) == 240
     assert gathered.empty_labels == ("cup", "none")
+    assert str(gathered.failures[0]).startswith("cup, 'blue cup': http://127.0.0.81")
     assert "404 Not Found" in str(gathered.failures[0])
 
 

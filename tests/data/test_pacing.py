@@ -9,7 +9,7 @@ from jaxcls.errors import DownloadError, UsageError
 
 
 def run(limits: Limits, plan: list[tuple[str, list]]) -> tuple[list, list[tuple[str, float]]]:
-    """Send a request for each (host, outcomes), all at once: their ends, and (host, seconds) of each start."""
+    """Send a request for each (host, outcomes), all at once; their ends, (host, seconds) of each start."""
     starts = []
 
     async def send(pacer: Pacer, host: str, outcomes: list):

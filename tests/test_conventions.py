@@ -27,6 +27,7 @@ data.arrayrecord data.tfds
 augment.host augment.views augment.ops augment.copies
 pipeline resident
 evaluation.text evaluation.curves evaluation.intervals evaluation.thresholds evaluation.metrics evaluation.plots evaluation.neighbours evaluation.label_errors
+ui.page ui.thumbnails ui.results ui.report
 models.precision models.architecture models.convolution models.normalization models.resnet
 models.port models.pretrained models.hub models.fold
 manifest program
@@ -55,6 +56,7 @@ FORBIDDEN = {
     "preprocess": ("jax", "flax"),
     "augment.host": ("jax", "flax"),
     "predictions": ("jax", "flax"),
+    "ui": ("jax", "flax", "jaxcls.models", "jaxcls.train", "jaxcls.classifier"),
     "serving": ("jaxcls.train", "jaxcls.svm"),
     "serving.wire": ("jax", "flax"),
     "serving.client": ("jax", "flax", "starlette", "uvicorn", "jaxcls.scoring", "jaxcls.classifier"),

@@ -159,4 +159,5 @@ class BeneathSource:
         return self.tree.read_image(self.names[index])
 
     def path(self, index: int) -> Path:
+        """The file behind a photo; `Tree` alone opens it."""
         return self.tree.root / self.names[index]

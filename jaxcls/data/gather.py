@@ -260,11 +260,16 @@ class _Collection:
         self._origins: dict[tuple[str, str], Origin] = {}
         self._by_content: dict[str, list[tuple[str, str]]] = defaultdict(list)
         self._by_url: dict[str, Origin] = {}
-        for origin in origins:
+        for origin in list(origins):
             if origin.duplicate_of and origin.file not in kept:
                 self._path(origin).unlink(missing_ok=True)  # where a run was killed before it came to that
             if origin.duplicate_of or self._path(origin).is_file():
                 self._know(origin)
+        by_file = {origin.file: origin for origin in self._kept()}
+        for origin in list(self._origins.values()):  # or between the two of a pair
+            twin = by_file.get(origin.duplicate_of)
+            if twin is not None and twin.label != origin.label:
+                self._drop(twin, origin)
 
     def knows(self, label: str, url: str) -> bool:
         """Whether there is nothing left to fetch from a URL for a label."""

@@ -148,7 +148,12 @@ class Brave:
 
     async def search(self, query: str, number: int, ask: Ask) -> Page:
         """As `Provider.search`; there is one page."""
-        answer = await ask(self.url, {"q": query, "count": "200"}, {"X-Subscription-Token": self.key})
+        try:
+            answer = await ask(self.url, {"q": query, "count": "200"}, {"X-Subscription-Token": self.key})
+        except DownloadError as error:
+            if error.status == _UNPROCESSABLE and "token" in error.reason:  # so it calls a wrong key
+                raise DownloadError(error.url, error.reason, status=REFUSED[0]) from error.__cause__
+            raise
         found = tuple(
             Found(url=_text(item, "properties", "url"), page=_text(item, "url"), title=_text(item, "title"))
             for item in _items(self.url, answer, "results")
@@ -218,10 +223,16 @@ class Searcher:
         """Page `number`, from 0, of what is found for `query`, what is no http(s) URL left out.
 
         Raises:
-            DownloadError: there is no answer, or none that can be read. `status` is 401 or 403 where the
+            DownloadError: there is no answer, or none that can be read. `status` is in `REFUSED` where the
                 provider refuses whatever we ask.
         """
-        page = await self._provider.search(query, number, self._ask)
+        try:
+            page = await self._provider.search(query, number, self._ask)
+        except DownloadError as error:
+            if error.status not in REFUSED:
+                raise
+            reason = f"{error.reason}: check the key of {self._provider.name}, or ask another provider"
+            raise DownloadError(error.url, reason, status=error.status) from error.__cause__
         return replace(page, found=tuple(found for found in page.found if is_url(found.url)))
 
     async def _ask(
@@ -237,16 +248,13 @@ class Searcher:
         try:
             return await self._pacer.send("", request)
         except DownloadError as error:
-            if error.status in REFUSED:
-                reason = f"{error.reason}: check the key of {self._provider.name}, or ask another provider"
-                raise DownloadError(error.url, reason, status=error.status) from error.__cause__
             if error.status == _TOO_MANY:
                 self._spent = DownloadError(error.url, error.reason, status=error.status)
             raise
 
 
 REFUSED = (401, 403)
-_TOO_MANY = 429
+_UNPROCESSABLE, _TOO_MANY = 422, 429
 
 
 def _open(fields: Mapping[str, str | Key]) -> dict[str, str]:

@@ -315,6 +315,28 @@ def test_what_several_labels_have_is_dropped_from_each(same_url, runs, web, out)
     assert len(web.asked("/copy")) == (not same_url)
 
 
+def test_a_run_that_was_killed_between_the_two_of_a_pair(web, out):
+    """Near copies of two labels, one of them dropped: the other is of no certain label either."""
+    urls = [web.put(f"/{q}", encode(draw(1, (320, 240)), quality=q)) for q in (90, 60)] + web.put_pictures(
+        1, 9
+    )
+    queries = {"cup": [urls[0]], "mug": urls[1:]}
+    run(web, {"mug": urls[1:]}, out)
+    (mug,) = (row for row in rows(out) if row["url"] == urls[1])
+    picture = (out / mug["file"]).read_bytes()
+    assert run(web, queries, out).counts == {"cup": 0, "mug": 1}
+    lines = (out / PROVENANCE).read_text().splitlines(keepends=True)
+    (out / PROVENANCE).write_text("".join(line for line in lines if not is_drop(line, "mug")))
+    (out / mug["file"]).write_bytes(picture)
+    assert run(web, queries, out).counts == {"cup": 0, "mug": 1}
+    check_sound(out)
+
+
+def is_drop(line: str, label: str) -> bool:
+    row = json.loads(line)
+    return row["label"] == label and bool(row["duplicate_of"])
+
+
 def test_near_copies_the_largest_file_of_a_label_stays_and_none_of_several(web, out):
     def put(path: str, number: int, size: tuple[int, int], quality: int = 90) -> str:
         return web.put(path, encode(draw(number, (320, 240)).resize(size), quality=quality))
@@ -419,19 +441,19 @@ def test_a_quota_that_is_used_up_ends_searching_and_nothing_else(web, out):
     assert all("429 Too Many Requests: Request was throttled." in f.reason for f in gathered.failures)
 
 
-@pytest.mark.parametrize("kind", [SerpApi, Openverse])
+@pytest.mark.parametrize("kind", [SerpApi, Brave, Openverse])
 def test_a_refusal_is_one_error_without_the_key(kind, web, out, caplog):
     caplog.set_level(logging.DEBUG)
     urls = web.results["cup"] = web.put_pictures(4)
     wrong = "wrong-key-98765/+"
-    if kind is SerpApi:  # whose answer quotes the key
-        provider = SerpApi(Key(wrong), web.url("/search/serpapi"), interval_seconds=0)
-    else:
+    if kind is Openverse:
         provider, web.search_answers = openverse(web), [Answer(status=403)] * 3
+    else:  # SerpApi's answer quotes the key
+        provider = kind(Key(wrong), web.url(f"/search/{kind.__name__.lower()}"), interval_seconds=0)
     with pytest.raises(DownloadError) as caught:
         run(web, {"cup": [urls[0], "cup"], "mug": ["mug"], "jug": ["jug"]}, out, provider=provider)
     assert len(web.asked("/search")) == 1
-    assert caught.value.status == (401 if kind is SerpApi else 403)
+    assert caught.value.status == (403 if kind is Openverse else 401)
     message = str(caught.value)
     assert message.startswith(provider.url)
     assert f"check the key of {provider.name}" in message

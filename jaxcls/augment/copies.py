@@ -28,7 +28,7 @@ from PIL import Image
 
 from jaxcls.augment.ops import Function, parse
 from jaxcls.data.dataset import ID_DTYPE, UNLABELLED, Dataset, leave_out
-from jaxcls.data.images import SUFFIXES, format_name
+from jaxcls.data.images import SUFFIXES, format_name, is_image
 from jaxcls.data.lineage import LINEAGE_FILE, Lineage, is_place, read_lineage, write_lineage
 from jaxcls.data.source import FileSource
 from jaxcls.errors import DatasetError, ImageError, UsageError
@@ -187,7 +187,8 @@ def _describe(dataset: Dataset) -> tuple[list[Lineage], list[str]]:
             content = _content(dataset, index)
         except ImageError as error:
             return "", str(error)
-        return hashlib.sha256(content).hexdigest(), format_name(content)
+        # Of what is no image, `_look` will tell.
+        return hashlib.sha256(content).hexdigest(), format_name(content) if is_image(content) else ""
 
     with ThreadPoolExecutor() as pool:
         found = list(show_progress(pool.map(describe, range(len(dataset))), "reading", len(dataset)))

@@ -20,7 +20,7 @@ from jaxcls.data.lineage import LINEAGE_FILE, read_lineage
 from jaxcls.data.source import FileSource
 from jaxcls.errors import DatasetError
 
-BLOCK_SIZE = 2**16
+BLOCK_SIZE = 2**14
 """Paths that are Python strings at once, before they become part of an array."""
 NUM_SHOWN = 3
 """Names of a kind that the summary shows."""

@@ -355,16 +355,25 @@ def _prepare_gif(data: bytes, limit: int) -> bytes:
     width, height, flags = struct.unpack_from("<HHB", data, 6)
     screen = data[: 13 + (3 << (flags & 7) + 1 if flags & 0x80 else 0)]
     control, at = b"", len(screen)
-    while data[at : at + 1] == b"!":
+    # Bytes that mean nothing may stand between, and decoders pass over them.
+    while (mark := _GIF_MARK.search(data, at)) and mark[0] == b"!":
+        at = mark.start()
         if data[at + 1 : at + 3] == b"\xf9\x04":
             control = data[at : at + 7] + b"\0"
         at += 2
         while num_bytes := data[at]:
             at += 1 + num_bytes
         at += 1
+    if mark is None or mark[0] == b";":
+        raise ImageError("", "damaged GIF: it holds no picture")
+    at = mark.start()
     left, top, frame_width, frame_height = struct.unpack_from("<4H", data, at + 1)
     _check_size(max(width, left + frame_width), max(height, top + frame_height), limit)
     return screen + control + data[at:]
+
+
+_GIF_MARK = re.compile(rb"[!,;]")
+"""Of an extension, a picture, and the end."""
 
 
 def _prepare_webp(data: bytes, limit: int) -> bytes:

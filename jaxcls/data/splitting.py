@@ -14,7 +14,7 @@ from jaxcls.errors import DatasetError, UsageError
 
 FREE, TRAINING, TEST = 0, 1, 2
 """The sides of units."""
-BLOCK_SIZE = 2**16
+BLOCK_SIZE = 2**14
 """Units whose ids are Python strings at once."""
 NUM_SHOWN = 20
 """Photos that a note names."""

@@ -187,6 +187,16 @@ def test_gif_transparency_and_comment():
     assert decode(data).tolist() == [[[255, 255, 255], [0, 255, 0]]]
 
 
+def test_bytes_before_a_gif_frame_that_mean_nothing():
+    image = row("P", 0, 1)
+    image.putpalette([*RED, *GREEN])
+    data = encode(image, "GIF", transparency=0)
+    frame = data.rindex(b",\0\0\0\0\2\0\1\0")
+    assert decode(data[:frame] + b"\0\1x\xff" + data[frame:]).tolist() == [[[255, 255, 255], [0, 255, 0]]]
+    assert "holds no picture" in refusal(data[:frame] + b";" + data[frame:])
+    assert "holds no picture" in refusal(data[:13])
+
+
 def test_multi_picture_jpeg_is_its_first_picture():
     first = encode(smooth(40, 60), "JPEG")
     several = encode(
@@ -326,6 +336,7 @@ def bombs():
     at = wide_frame.rindex(b",\0\0\0\0\x10\0\x10\0")
     # Between Pillow's warning and its error.
     wide_frame[at + 5 : at + 9] = struct.pack("<HH", 10000, 12000)
+    late_frame = wide_frame[:at] + bytes(5) + wide_frame[at:]
     extended = b"VP8X" + struct.pack("<LL", 10, 0x10) + 2 * (16382).to_bytes(3, "little")
     lossless = bytearray(encode(Image.new("RGB", (16, 16)), "WEBP", lossless=True))
     lossless[21:25] = (16382 | 16382 << 14).to_bytes(4, "little")
@@ -350,6 +361,7 @@ def bombs():
         "bmp": bytes(bmp),
         "gif": bytes(gif),
         "gif frame": bytes(wide_frame),
+        "gif frame behind nothing": bytes(late_frame),
         "webp": b"RIFF" + struct.pack("<L", 4 + len(extended)) + b"WEBP" + extended,
         "webp, lossless": bytes(lossless),
         "webp, lossy": bytes(lossy),

@@ -1,67 +1,73 @@
-"""torch's `DataLoader` over Pillow, with a process per core, cutting the same boxes as our stream."""
+"""torch's `DataLoader` over Pillow, cutting the same boxes as our stream."""
 
-import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from benchmarks.photos import AUGMENTATION, SEED, Reading, make_photos, num_photos, scratch_folder
+from benchmarks.photos import (
+    NUM_POSITIONS,
+    Reading,
+    photo_paths,
+    pillow_corner,
+    pillow_view,
+    workers_of,
+)
 from benchmarks.timing import Program
 from benchmarks.worker import Task
-from jaxcls.augment.host import draw_views
-
-NUM_POSITIONS = 10**9
 
 
-class RandomViews(Dataset[np.ndarray]):
-    """Endless random views: that at a position is what our stream draws there for the same photo.
+class Positions(Dataset[np.ndarray]):
+    """What `load` makes of each position."""
 
-    Args:
-        paths: of the photos, taken in turn.
-        size: of a view, in pixels.
-    """
-
-    def __init__(self, paths: list[Path], size: int) -> None:
-        self.paths, self.size = paths, size
+    def __init__(self, load: Callable[[int], np.ndarray]) -> None:
+        self._load = load
 
     def __len__(self) -> int:
         return NUM_POSITIONS
 
     def __getitem__(self, position: int) -> np.ndarray:
-        return self.view(position, position % len(self.paths))
+        return self._load(position)
 
-    def view(self, position: int, index: int) -> np.ndarray:
-        """uint8 [size, size, 3] of photo `index`."""
-        with Image.open(self.paths[index]) as file:
-            photo = file.convert("RGB")
-        views = draw_views(SEED, position, np.asarray([[photo.height, photo.width]]), AUGMENTATION)
-        box = tuple(views.boxes[0].tolist())
-        view = photo.resize((self.size, self.size), Image.Resampling.BILINEAR, box=box)
-        if views.flips[0]:
-            view = view.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        return np.array(view)  # torch wants it writable
+
+def decode(task: Task) -> Program:
+    """Photos decoded."""
+    return _reading(task, partial(pillow_corner, photo_paths(task)))
 
 
 def input_pipeline(task: Task) -> Program:
-    """Photos to batches by `DataLoader`."""
-    folder = make_photos(scratch_folder(), num_photos(task.photo_side), task.photo_side)
-    views = RandomViews(sorted(folder.rglob("*.jpg")), task.image_size)
-    return Reading(partial(_stream, views, task.batch_size), task)
+    """Photos to batches of views."""
+    return _reading(task, partial(pillow_view, photo_paths(task), task.image_size))
+
+
+def to_device(task: Task) -> Program:
+    """The same batches, on a GPU if there is one: on a CPU they are there already."""
+    return input_pipeline(task)
+
+
+def _reading(task: Task, load: Callable[[int], np.ndarray]) -> Program:
+    return Reading(partial(_stream, task, load), task, to_host=_to_host)
 
 
 @contextmanager
-def _stream(views: RandomViews, batch_size: int) -> Iterator[Iterator[np.ndarray]]:
-    loader = DataLoader(views, batch_size, num_workers=os.cpu_count() or 1)
+def _stream(task: Task, load: Callable[[int], np.ndarray]) -> Iterator[Iterator[torch.Tensor]]:
+    uses_gpu = task.work == "to_device" and torch.cuda.is_available()
+    loader = DataLoader(
+        Positions(load), task.batch_size, num_workers=workers_of(task.subject), pin_memory=uses_gpu
+    )
     batches = iter(loader)
-    yield (_as_numpy(batch) for batch in batches)
+    yield map(_to_gpu, batches) if uses_gpu else batches
     del batches  # ends its processes
 
 
-def _as_numpy(batch: torch.Tensor) -> np.ndarray:
-    return batch.numpy()
+def _to_gpu(batch: torch.Tensor) -> torch.Tensor:
+    on_gpu = batch.to("cuda", non_blocking=True)
+    torch.cuda.synchronize()
+    return on_gpu
+
+
+def _to_host(batch: torch.Tensor) -> np.ndarray:
+    return batch.cpu().numpy()

@@ -15,6 +15,8 @@ MODULES = {
     "flax": "benchmarks.textbook",
     "torch": "benchmarks.torch_peers",
     "dataloader": "benchmarks.dataloader",
+    "grain": "benchmarks.grain_peer",
+    "tfdata": "benchmarks.tfdata_peer",
     "sklearn": "benchmarks.sklearn_peer",
     "machine": "benchmarks.machine",
 }
@@ -53,7 +55,22 @@ DEFAULTS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
             "torch-maxautotune-bfloat16",
         ),
     },
-    "input_pipeline": dict.fromkeys(("cpu", "gpu"), ("jaxcls-threads", "jaxcls-processes", "dataloader")),
+    # With so many processes that read; "max": one a core.
+    "input_pipeline": dict.fromkeys(
+        ("cpu", "gpu"),
+        (
+            "jaxcls-0",
+            "jaxcls-1",
+            "jaxcls-max",
+            "dataloader-0",
+            "dataloader-1",
+            "dataloader-max",
+            "grain-0",
+            "grain-1",
+            "grain-max",
+            "tfdata",
+        ),
+    ),
     "svm": dict.fromkeys(("cpu", "gpu"), (OURS, "sklearn")),
     "first_step": {
         "cpu": (OURS, "flax-jit-float32"),

@@ -1,27 +1,29 @@
-"""Photos made on the spot, and how jaxcls streams them."""
+"""Photos made on the spot, how a reader of them is timed, and what its peers do with one: by Pillow."""
 
 import atexit
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, closing, contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from time import perf_counter
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from benchmarks.timing import Program, SubjectError
 from benchmarks.worker import Task
-from jaxcls.augment.host import Augmentation
-from jaxcls.data.folder import read_folder
-from jaxcls.preprocess import Preprocess
+from jaxcls.augment.host import Augmentation, draw_views
 
 CLASSES = ("bright", "dark")
 QUALITY = 90
 AUGMENTATION = Augmentation(flip=True, min_crop_area=0.25)
 SEED = 0
+CORNER_SIZE = 32
+NUM_POSITIONS = 10**9
+"""Of a stream that does not end while it is timed."""
 
 
 def make_photos(folder: Path, count: int, long_side: int) -> Path:
@@ -60,6 +62,16 @@ def num_photos(long_side: int) -> int:
     return min(64, max(8, 16_000 // long_side * 2))
 
 
+def write_photos(task: Task) -> Path:
+    """The folder of a task's photos."""
+    return make_photos(scratch_folder(), num_photos(task.photo_side), task.photo_side)
+
+
+def photo_paths(task: Task) -> list[Path]:
+    """A task's photos."""
+    return sorted(write_photos(task).rglob("*.jpg"))
+
+
 class Reading(Program):
     """Batches read in their steady state: a new stream each time, its first batches not timed.
 
@@ -68,14 +80,23 @@ class Reading(Program):
     Args:
         open_stream: a context with an endless iterator of uint8 [B, size, size, 3].
         task: what is read.
+        num_ahead: batches that the reader makes ready or has begun at a time, at most.
+        to_host: a batch -> NumPy's array, after the time.
     """
 
     def __init__(
-        self, open_stream: Callable[[], AbstractContextManager[Iterator[np.ndarray]]], task: Task
+        self,
+        open_stream: Callable[[], AbstractContextManager[Iterator[Any]]],
+        task: Task,
+        *,
+        num_ahead: int = 2 * (os.cpu_count() or 1) + 2,
+        to_host: Callable[[Any], np.ndarray] = np.asarray,
     ) -> None:
-        self._open_stream = open_stream
-        self._shape = (task.batch_size, task.image_size, task.image_size, 3)
-        self.images_per_step, self.details = task.batch_size, {"dtype": "uint8"}
+        self._open_stream, self._num_ahead, self._to_host = open_stream, num_ahead, to_host
+        size = CORNER_SIZE if task.work == "decode" else task.image_size
+        self._shape = (task.batch_size, size, size, 3)
+        self.images_per_step = task.batch_size
+        self.details = {"dtype": "uint8", "num_cores": os.cpu_count() or 1}
 
     def run(self, num_steps: int) -> None:
         raise NotImplementedError("it opens and closes its stream around the time")
@@ -86,11 +107,12 @@ class Reading(Program):
     def time(self, num_steps: int, clock: Callable[[], float] = perf_counter) -> float:
         """Seconds of `num_steps` batches."""
         with self._open_stream() as stream:
-            for _ in range(2 * (os.cpu_count() or 1) + 2):  # as many as any of the readers keeps ready
+            for _ in range(self._num_ahead):
                 next(stream)
             start = clock()
             batches = [next(stream) for _ in range(num_steps)]
             seconds = clock() - start
+            batches = [self._to_host(batch) for batch in batches]
         if any(batch.shape != self._shape or batch.dtype != np.uint8 for batch in batches):
             raise SubjectError(f"a batch is {batches[0].dtype} {batches[0].shape}, not uint8 {self._shape}")
         if len({batch[:, ::8, ::8].tobytes() for batch in batches}) != num_steps:
@@ -98,18 +120,31 @@ class Reading(Program):
         return seconds
 
 
-@contextmanager
-def stream_batches(task: Task, folder: Path) -> Iterator[Iterator[np.ndarray]]:
-    """Our own stream of random views; "jaxcls-processes" with a process per core, else threads."""
-    from jaxcls.pipeline import training_batches
+def workers_of(subject: str) -> int:
+    """The number of processes in a subject's name: "jaxcls-2"; "max": one a core; without: 0, none."""
+    number = subject.partition("-")[2] or "0"
+    return (os.cpu_count() or 1) if number == "max" else int(number)
 
-    batches = training_batches(
-        read_folder(folder),
-        Preprocess(size=task.image_size),
-        AUGMENTATION,
-        batch_size=task.batch_size,
-        seed=SEED,
-        num_workers=(os.cpu_count() or 1) if task.subject.endswith("processes") else 0,
-    )
-    with closing(batches):
-        yield (batch.images for batch in batches)
+
+def corner(pixels: np.ndarray, position: int) -> np.ndarray:
+    """What is kept of a photo where only decoding is timed: uint8 [32, 32, 3], elsewhere at each position."""
+    top, left = (position % (side - CORNER_SIZE + 1) for side in pixels.shape[:2])
+    return pixels[top : top + CORNER_SIZE, left : left + CORNER_SIZE]
+
+
+def pillow_corner(paths: Sequence[Path], position: int) -> np.ndarray:
+    """A photo decoded in full, of which the corner is kept."""
+    with Image.open(paths[position % len(paths)]) as file:
+        return np.array(corner(np.asarray(file.convert("RGB")), position))
+
+
+def pillow_view(paths: Sequence[Path], size: int, position: int) -> np.ndarray:
+    """The random view that our stream draws at a position for the same photo, uint8 [size, size, 3]."""
+    with Image.open(paths[position % len(paths)]) as file:
+        photo = file.convert("RGB")
+    views = draw_views(SEED, position, np.asarray([[photo.height, photo.width]]), AUGMENTATION)
+    box = tuple(views.boxes[0].tolist())
+    view = photo.resize((size, size), Image.Resampling.BILINEAR, box=box)
+    if views.flips[0]:
+        view = view.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    return np.array(view)  # torch wants it writable

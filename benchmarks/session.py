@@ -213,6 +213,8 @@ class Session:
             "steps_per_round": timing.num_steps,
             "num_steps_counted": timing.num_steps * len(rates),
         }
+        if num_cores := details.get("num_cores"):
+            values["images_per_second_per_core"] = values["images_per_second"]["median"] / num_cores
         # Where XLA knows no cost, as for torch, the floor is that of the first subject with one.
         if costs and "dtype" in details and details["dtype"] != "uint8":
             cost = {**(details if details.get("flops") else costs[0]), "dtype": details["dtype"]}
@@ -269,6 +271,8 @@ def _line(row: Mapping[str, Any]) -> str:
         parts.append(
             f"{rates['median']:.4g} images/s ({rates['min']:.4g} to {rates['max']:.4g}, n={rates['n']})"
         )
+    if "images_per_second_per_core" in row:
+        parts.append(f"{row['images_per_second_per_core']:.4g} a core")
     if "floor" in row:
         parts.append(f"MFU {row['floor']['mfu']:.0%}, bandwidth {row['floor']['bandwidth_share']:.0%}")
     for name in ("seconds", "compile_seconds", "note", "cache", "relative_difference"):

@@ -1,12 +1,12 @@
 """jaxcls as the subject: the only module of the benchmarks that knows how its programs are made."""
 
 import time
-from functools import partial
 from typing import Any, cast
 
 import jax
 import numpy as np
 
+from benchmarks import streams
 from benchmarks.jax_programs import (
     JaxFeatures,
     JaxScoring,
@@ -15,7 +15,7 @@ from benchmarks.jax_programs import (
     first_run,
     memory_of,
 )
-from benchmarks.photos import Reading, make_photos, num_photos, scratch_folder, stream_batches
+from benchmarks.photos import make_photos, num_photos, scratch_folder
 from benchmarks.programs import NUM_CLASSES, NUM_INPUTS, random_images, random_labels
 from benchmarks.timing import Program, SubjectError
 from benchmarks.worker import Task
@@ -96,10 +96,9 @@ def loss_curve(task: Task) -> dict[str, Any]:
     return {"losses": [float(loss) / task.batch_size for loss in losses], "dtype": details["dtype"]}
 
 
-def input_pipeline(task: Task) -> Program:
-    """Photos to batches by our stream, on all cores, without a device."""
-    folder = make_photos(scratch_folder(), num_photos(task.photo_side), task.photo_side)
-    return Reading(partial(stream_batches, task, folder), task)
+# How photos are read: a module of its own, whose processes load no JAX.
+decode, input_pipeline, to_device = streams.decode, streams.input_pipeline, streams.to_device
+read_records, read_resized_records = streams.read_records, streams.read_resized_records
 
 
 def train_end_to_end(task: Task) -> Program:

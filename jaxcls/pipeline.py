@@ -178,7 +178,7 @@ def training_batches(
     """
     load = _Load(dataset, preprocess, augmentation, seed)
     examples = grain.MapDataset.range(len(dataset)).repeat().map_with_index(load)
-    return _iterate(_batches(examples, batch_size, share, first_step), num_workers)
+    return iterate(_batches(examples, batch_size, share, first_step), num_workers)
 
 
 def evaluation_batches(
@@ -192,7 +192,7 @@ def evaluation_batches(
     """Every photo once, in order; the last batch padded and masked. Close it (`contextlib.closing`)."""
     num_positions = steps_per_epoch(len(dataset), batch_size) * batch_size
     examples = grain.MapDataset.range(num_positions).map_with_index(_Load(dataset, preprocess))
-    return _iterate(_batches(examples, batch_size, share), num_workers)
+    return iterate(_batches(examples, batch_size, share), num_workers)
 
 
 def _batches(
@@ -220,7 +220,8 @@ def on_devices(batches: Batches, sharding: "Sharding") -> Generator[Batch, None,
         yield from ahead
 
 
-def _iterate(batches: "grain.MapDataset", num_workers: int) -> Batches:
+def iterate(batches: "grain.MapDataset", num_workers: int) -> Batches:
+    """The elements of a Grain dataset, made ahead by threads or, if `num_workers`, so many processes."""
     # A thread makes a whole batch; a worker process has one, and its own place among the cores.
     num_threads = 1 if num_workers else min(os.cpu_count() or 1, MAX_THREADS)
     num_ahead = max(num_threads, NUM_BATCHES_AHEAD)

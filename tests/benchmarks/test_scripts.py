@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ import pytest
 
 from benchmarks import all as every
 from benchmarks.gpu import STAGES
-from benchmarks.photos import AUGMENTATION, SEED, make_photos
+from benchmarks.photos import AUGMENTATION, SEED, make_photos, pillow_view
 from benchmarks.timing import SubjectError
 from benchmarks.worker import Task, Worker, ask
 from jaxcls.data.folder import read_folder
@@ -105,14 +106,15 @@ def test_a_worker_that_takes_too_long_is_ended():
         ask(Task("rough_probe", "machine"), timeout_seconds=0.1)
 
 
-def test_the_data_loader_cuts_the_boxes_of_our_stream(tmp_path):
-    torch_views = pytest.importorskip("benchmarks.dataloader")
+def test_the_peers_cut_the_boxes_of_our_stream(tmp_path):
     photos = read_folder(make_photos(tmp_path, 6, 120))
-    views = torch_views.RandomViews([photos.source.path(i) for i in range(6)], 32)
     batches = training_batches(photos, Preprocess(size=32), AUGMENTATION, batch_size=6, seed=SEED)
     for number in range(2):
         batch = next(batches)
-        expected = [views.view(6 * number + place, index) for place, index in enumerate(batch.indices)]
+        expected = [
+            pillow_view([photos.source.path(int(index))], 32, 6 * number + place)
+            for place, index in enumerate(batch.indices)
+        ]
         np.testing.assert_array_equal(batch.images, np.stack(expected))
     batches.close()
 
@@ -142,7 +144,7 @@ def test_a_script_measures_ours_and_two_peers(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(set(every.BENCHMARKS) - {"train_step", "correctness"}))
 def test_every_script_runs(tmp_path, name):
-    peers = {"score": ["flax-jit-float32"], "input_pipeline": ["jaxcls-processes", "dataloader"]}
+    peers = {"score": ["flax-jit-float32"], "input_pipeline": ["jaxcls-1", "grain-0"]}
     chosen = ["--peer", *peers.get(name, []), *["jaxcls"] * (name != "input_pipeline")]
     run("-m", f"benchmarks.{name}", "--tiny", "--out", tmp_path, *chosen)
     rows = read(tmp_path)
@@ -164,10 +166,13 @@ def test_the_first_stage_runs_on_a_bare_machine(tmp_path, bare):
 
 @pytest.mark.slow
 def test_a_row_that_needs_more_than_is_there_says_so(tmp_path, bare):
-    names = ("jaxcls-threads", "dataloader")
+    names = ("jaxcls-0", "dataloader-0", "tfdata")
     run("-m", "benchmarks.input_pipeline", "--tiny", "--out", tmp_path, "--peer", *names, environment=bare)
     rows = read(tmp_path)
-    assert "needs grain" in rows["input_pipeline", "input_pipeline", "jaxcls-threads"]["note"]
+    for work in ("input_pipeline", "decode", "to_device", "read_records"):
+        assert "needs grain" in rows["input_pipeline", work, "jaxcls-0"]["note"]
+    if not find_spec("tensorflow"):
+        assert "needs tensorflow" in rows["input_pipeline", "decode", "tfdata"]["note"]
 
 
 def test_there_are_at_most_eight_result_files_of_a_gpu():

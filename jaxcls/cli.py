@@ -12,15 +12,17 @@ from jaxcls.commands.base import FAILED, INTERRUPTED, WRONG_USAGE
 from jaxcls.commands.gather import Gather
 from jaxcls.commands.info import Info
 from jaxcls.commands.pack import Pack
+from jaxcls.commands.review import Review
 from jaxcls.commands.scoring import Evaluate, Export, Predict
 from jaxcls.commands.service import Delete, Deploy, Docker, List, Loadtest, Score, Serve
+from jaxcls.commands.thresholds import Thresholds
 from jaxcls.commands.training import Quickstart, Svm, Train
 from jaxcls.errors import JaxclsError, UsageError
 from jaxcls.storage import Storage
 
 COMMANDS = (
-    Quickstart, Info, Gather, Augment, Pack, Train, Svm, Evaluate, Predict, Export, Serve, Deploy, List,
-    Delete, Score, Loadtest, Docker,
+    Quickstart, Info, Gather, Augment, Pack, Train, Svm, Evaluate, Review, Thresholds, Predict, Export,
+    Serve, Deploy, List, Delete, Score, Loadtest, Docker,
 )  # fmt: skip
 
 

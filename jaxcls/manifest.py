@@ -1,12 +1,14 @@
 """The folder of a saved classifier: the names of its files, its manifest and their checksums."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from jaxcls.errors import ClassifierError
+import numpy as np
+
+from jaxcls.errors import ClassifierError, UsageError
 from jaxcls.models.precision import PLATFORMS, Platform
 from jaxcls.storage import file_sha256
 
@@ -53,6 +55,39 @@ def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
     partial = folder / f".{MANIFEST}"
     partial.write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     partial.replace(folder / MANIFEST)
+
+
+def read_thresholds(path: Path) -> tuple[tuple[str, ...], list[float] | None]:
+    """The K classes of a saved classifier, and K thresholds if it has any.
+
+    Raises:
+        ClassifierError: its manifest is missing or damaged.
+    """
+    manifest = read_manifest(path)
+    try:
+        classes, thresholds = tuple(manifest["classes"]), manifest["head"]["thresholds"]
+        if thresholds is not None and len(thresholds) != len(classes):
+            raise ValueError(f"{len(thresholds)} thresholds of {len(classes)} classes")
+    except (KeyError, TypeError, ValueError) as error:
+        raise ClassifierError(f"{path / MANIFEST} is damaged: {error}") from error
+    return classes, thresholds
+
+
+def write_thresholds(path: Path, thresholds: Sequence[float] | None) -> None:
+    """Store K thresholds in a saved classifier, or none; all else in it stays.
+
+    Raises:
+        ClassifierError: its manifest is missing or damaged.
+        UsageError: not one value for each class, or one that float32 does not hold.
+    """
+    classes, _ = read_thresholds(path)
+    if thresholds is not None:
+        values = np.asarray(thresholds, np.float64)
+        if values.shape != (len(classes),) or not (np.abs(values) <= np.finfo(np.float32).max).all():
+            raise UsageError(f"{path}: thresholds need one finite value for each of {len(classes)} classes")
+        thresholds = values.astype(np.float32).tolist()
+    manifest = read_manifest(path)
+    write_manifest(path, manifest | {"head": manifest["head"] | {"thresholds": thresholds}})
 
 
 def check_file(path: Path, name: str, manifest: Mapping[str, Any]) -> None:

@@ -172,14 +172,23 @@ def new_output(command: str) -> Path:
     return Storage.default().outputs / f"{command}-{datetime.now():%Y%m%d-%H%M%S}"
 
 
+@dataclass(frozen=True)
+class HtmlReport:
+    """Where to write a report, and of which saved classifier."""
+
+    path: Path
+    model: Path
+
+
 def report(
     classifier: jaxcls.Classifier,
     dataset: jaxcls.Dataset,
     out: Path | None = None,
+    html: HtmlReport | None = None,
     *,
     allow_copies: bool = False,
 ) -> int:
-    """Print the evaluation; write predictions and plot into `out`."""
+    """Print the evaluation; write predictions and plots into `out`, and a report as `html`."""
     plots = jaxcls.evaluation.plots
     predictions = jaxcls.predict(classifier, dataset, progress=True)
     evaluation = jaxcls.evaluate(predictions, allow_copies=allow_copies)
@@ -200,4 +209,12 @@ def report(
         for name, ax in drawn.items():
             plots.save(ax, out / f"{name}.png")
         print(f"predictions.csv and plots: {out}")
+    if html is not None:
+        from jaxcls.ui.report import write_report
+
+        thresholds = classifier.head.thresholds
+        written = write_report(
+            html.path, predictions, evaluation, dataset, model=html.model, thresholds=thresholds
+        )
+        print(f"{html.path}: {written}")
     return FAILED if predictions.errors else DONE

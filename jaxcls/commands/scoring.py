@@ -12,15 +12,15 @@ import tyro
 from tyro.conf import OmitArgPrefixes, Positional
 
 import jaxcls
-from jaxcls.commands.base import DONE, Command, PhotoCommand, expand, read_lines, report
+from jaxcls.commands.base import DONE, Command, HtmlReport, PhotoCommand, expand, read_lines, report
 from jaxcls.commands.output import OutputOptions
 from jaxcls.errors import UsageError
 from jaxcls.models.precision import PLATFORMS, Platform, Precision
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evaluate(PhotoCommand):
-    """Measure a saved classifier on a folder of labelled photos."""
+class EvaluationCommand(PhotoCommand):
+    """What every subcommand takes that compares a saved classifier with labels."""
 
     model: Annotated[Positional[Path], tyro.conf.arg(metavar="CLASSIFIER")]
     """A saved classifier."""
@@ -30,12 +30,9 @@ class Evaluate(PhotoCommand):
     """Only the photos whose ids this file lists, one a line, such as a run's `test_ids.txt`."""
     allow_copies: bool = False
     """Count augmented copies like other photos."""
-    out: Path | None = None
-    """A new folder for predictions.csv and plots: confusion matrix, ROC, precision and recall, reliability."""
 
-    def run(self) -> int:
-        if self.out is not None and self.out.exists():
-            raise UsageError(f"{self.out} exists: give a new folder")
+    def load(self) -> tuple[jaxcls.Classifier, jaxcls.Dataset]:
+        """The classifier, and the photos to compare it with."""
         classifier = jaxcls.load(self.model)
         dataset = self.read(self.data, classifier.classes)
         if self.ids is not None:
@@ -46,7 +43,26 @@ class Evaluate(PhotoCommand):
                 "originals that were held out (--ids RUN/test_ids.txt), or count copies on purpose "
                 "(--allow-copies)"
             )
-        return report(classifier, dataset, self.out, allow_copies=self.allow_copies)
+        return classifier, dataset
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluate(EvaluationCommand):
+    """Measure a saved classifier on a folder of labelled photos."""
+
+    out: Path | None = None
+    """A new folder for predictions.csv and plots: confusion matrix, ROC, precision, recall, reliability."""
+    report: Path | None = None
+    """An HTML file, written or replaced, with the numbers, the photos and an explorer of thresholds."""
+
+    def run(self) -> int:
+        if self.out is not None and self.out.exists():
+            raise UsageError(f"{self.out} exists: give a new folder")
+        if self.report is not None and (self.report.is_dir() or not self.report.parent.is_dir()):
+            raise UsageError(f"--report {self.report}: give the name of a file in a folder that exists")
+        classifier, dataset = self.load()
+        html = None if self.report is None else HtmlReport(self.report, self.model)
+        return report(classifier, dataset, self.out, html, allow_copies=self.allow_copies)
 
 
 @dataclass(frozen=True, kw_only=True)

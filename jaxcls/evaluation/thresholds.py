@@ -9,6 +9,8 @@ from jaxcls.errors import UsageError
 
 NEVER = float(np.finfo(np.float32).max)
 """The threshold of a class whose answers are not to be trusted at any score."""
+ALWAYS = -NEVER
+"""The threshold of a class that has none where others have one."""
 
 
 def choose_thresholds(

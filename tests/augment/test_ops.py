@@ -598,3 +598,61 @@ def test_where_the_shape_has_to_stay_it_does():
     for operation in (ops.Sometimes(0.5, resize), ops.Sequential([resize, ops.Fliplr()], random_order=True)):
         with pytest.raises(UsageError, match="where the shape has to stay"):
             jax.eval_shape(operation, jax.random.key(0), jnp.asarray(noise(*SHAPE)))
+
+
+# Text
+
+
+@all_operations
+def test_what_an_operation_prints_is_read_again(operation):
+    assert ops.parse(repr(operation)) == operation
+
+
+def test_text_is_read_as_python_would_read_it():
+    text = "Sequential([Fliplr(0.5), Crop(percent=(0, 0.1)),\n Affine(rotate=(-45, 45), cval=[1, 2, 3][0])])"
+    with pytest.raises(UsageError, match="is no number"):
+        ops.parse(text)
+    text = text.replace("[1, 2, 3][0]", "(1, 2, 3)")
+    assert ops.parse(f" {text} ") == eval(text, vars(ops))
+    assert set(ops.OPERATIONS.values()) == {type(operation) for operation in OPERATIONS}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "invalid syntax"),
+        ("Fliplr(0.5", "was never closed"),
+        ("Fliplr(0.5); Fliplr(0.5)", "invalid syntax"),
+        ("Fliplr", "'Fliplr' is no number, tuple, list or operation"),
+        ("5", "give an operation, such as"),
+        ("[Fliplr()]", "give an operation, such as"),
+        ("Flip(0.5)", r"'Flip\(0.5\)' is no number, tuple, list or operation \(known are Sequential, "),
+        ("MixUp()", "'MixUp.*known are"),
+        ("__import__('os').system('true')", "known are"),
+        ("Fliplr(__import__('os'))", "known are"),
+        ("ops.Fliplr(0.5)", "known are"),
+        ("Fliplr('0.5')", "'0.5'\" is no number"),
+        ("Fliplr(*[0.5])", "known are"),
+        ("Fliplr(**{'p': 0.5})", "known are"),
+        ("Fliplr(0.5 if 1 else 0)", "known are"),
+        ("Fliplr(0.5 + 0)", "known are"),
+        ("Fliplr(p=0.5, p=1)", "Fliplr: an option is given twice"),
+        ("Fliplr(q=1)", "Fliplr: got an unexpected keyword argument 'q'"),
+        ("Crop()", "Crop: missing 1 required positional argument: 'percent'"),
+        ("Crop(0.6)", "percent 0.6: must lie in"),
+        ("Sequential(5)", "Sequential: 'int' object is not iterable"),
+        ("Sequential([5])", "give one operation or more"),
+        ("Fliplr(1j)", "is no number"),
+        ("Fliplr(0.5)\0", "null bytes"),
+        ("(" * 5000, "nested"),
+        ("-" * 9000 + "1", "nested too deeply"),
+        ("[" * 150 + "]" * 150, "give an operation"),
+        ("9" * 9000, "digits"),
+        ("Fliplr(" + "1" * 20_000 + ")", "20,008 characters, of 10,000 at most"),
+    ],
+)
+def test_other_texts_are_refused(text, message):
+    with pytest.raises(UsageError, match=message) as caught:
+        ops.parse(text)
+    assert len(str(caught.value)) < 700
+    assert str(caught.value).startswith("pipeline ")

@@ -4,6 +4,7 @@ import io
 import os
 import time
 from collections import Counter
+from dataclasses import replace
 from itertools import combinations, product
 from pathlib import Path
 
@@ -614,3 +615,89 @@ def test_a_hundred_thousand_photos_in_groups_are_split_in_a_moment():
     assert time.perf_counter() - started < 10
     assert len(train) == 66_001
     assert whole(groups, train)
+
+
+# Augmented copies
+
+
+def with_copies(dataset, num=2):
+    """The dataset followed by so many copies of each photo."""
+    ids = [*dataset.ids, *(f"{own}~{number}" for number in range(num) for own in dataset.ids)]
+    origins = [""] * len(dataset) + [*dataset.ids] * num
+    groups = None if dataset.groups is None else np.tile(dataset.groups, num + 1)
+    source = MemorySource([photo(i) for i in range(len(ids))])
+    labels = np.tile(dataset.labels, num + 1)
+    return Dataset(dataset.name, dataset.classes, labels, ids, source, groups, origins=origins)
+
+
+def test_copies_are_known_and_of_their_originals_group(kitchen):
+    copies = with_copies(kitchen)
+    assert copies.is_copy.tolist() == [False] * 5 + [True] * 10
+    assert copies.groups.tolist() == kitchen.groups.tolist() * 3
+    assert copies.originals().ids.tolist() == kitchen.ids.tolist()
+    assert copies.originals().origins is None
+    assert "(augmented copies among them): 10" in copies.summary()
+    assert not kitchen.is_copy.any()
+    assert kitchen.originals() is kitchen
+    kitchen.require_originals()
+    with pytest.raises(UsageError, match=r"10 of the 15 images of dataset photos are augmented copies"):
+        copies.require_originals()
+    with pytest.raises(UsageError, match="origins need one value per photo"):
+        replace(kitchen, origins=[""])
+
+
+def test_copies_stay_with_their_original_whatever_groups_are_given(kitchen):
+    """Duplicates are looked for by what photos show, and a copy may show its original turned upside down."""
+    copies = with_copies(sized(2, 2), 1)
+    alone = replace(copies, groups=np.arange(8))
+    assert alone.groups.tolist() == [0, 1, 2, 3, 0, 1, 2, 3]
+    joined = replace(copies, groups=[0, 1, 2, 3, 1, 5, 6, 7])
+    assert joined.groups.tolist() == [0, 0, 2, 3, 0, 0, 2, 3]
+    regrouped = copies.group_originals(np.asarray([5, 5, 0, 1]))
+    assert regrouped.groups.tolist() == [5, 5, 0, 1, 5, 5, 0, 1]
+    assert sized(2, 2).group_originals(np.asarray([1, 1, 0, 0])).groups.tolist() == [1, 1, 0, 0]
+
+
+def test_copies_are_selected_and_merged_with_their_origins():
+    copies = with_copies(sized(2, 2), 1)
+    assert copies.select([5, 1, 2]).origins.tolist() == ["c0/1", "", ""]
+    other = replace(copies, name="other")
+    both = copies.merge(other)
+    assert both.ids[[4, 12]].tolist() == ["photos/c0/0~0", "other/c0/0~0"]
+    originals = [f"{name}/{own}" for name in ("photos", "other") for own in copies.ids[:4]]
+    assert both.origins.tolist() == [""] * 4 + originals[:4] + [""] * 4 + originals[4:]
+    assert both.groups.tolist() == [0, 1, 2, 3, 0, 1, 2, 3, 4, 5, 6, 7, 4, 5, 6, 7]
+    apart = copies.originals().merge(replace(copies.select([4, 5, 6, 7]), name="copies"))
+    assert apart.groups.tolist() == [0, 1, 2, 3, 0, 1, 2, 3]
+    assert copies.originals().merge(copies.originals().relabel({}).select([])).origins is None
+
+
+@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("is_grouped", [False, True])
+def test_copies_change_nothing_about_how_originals_are_split(seed, is_grouped):
+    generator = np.random.default_rng(seed)
+    dataset = sized(20, 30, groups=generator.integers(0, 40, 50) if is_grouped else None)
+    order = generator.permutation(150)
+    copies = with_copies(dataset).select(order)
+    train, test = copies.split(0.6, seed=seed)
+    for part, expected in zip((train, test), dataset.split(0.6, seed=seed), strict=True):
+        assert sorted(part.originals().ids) == sorted(expected.ids)
+        assert sorted(part.origins[part.is_copy]) == sorted([*expected.ids] * 2)
+
+
+def test_copies_whose_original_is_not_there_stay_together():
+    copies = with_copies(sized(4, 4)).select(range(8, 24))
+    train, test = copies.split(0.5)
+    assert (len(train), len(test)) == (8, 8)
+    assert not set(train.origins) & set(test.origins)
+
+
+def test_test_photos_by_id_or_folder_take_their_copies_along():
+    copies = with_copies(sized(3, 3), 1)
+    for test_ids in (["c0/1", "c1/5"], ["c0/1~0", "c1/5"]):
+        train, test = copies.split_by_ids(test_ids)
+        assert sorted(test.ids) == ["c0/1", "c0/1~0", "c1/5", "c1/5~0"]
+        assert len(train) == 8
+    with pytest.raises(DatasetError, match="leaves the training set empty"):
+        copies.split_by_ids(copies.originals().ids)
+    assert len(copies.split_by_folder("c0")[1]) == 6

@@ -389,3 +389,13 @@ def test_large_reports_do_without_the_intervals_that_take_long(monkeypatch, scor
     found = numbers(evaluate(scored))
     assert found["ROC AUC (macro)"][1] is None
     assert found["accuracy (macro)"][1] is not None
+
+
+def test_augmented_copies_are_evaluated_on_only_where_that_is_asked_for(tableware):
+    copies = replace(tableware, is_copy=np.arange(22) < 5)
+    with pytest.raises(
+        UsageError, match=r"5 of 22 images are augmented copies.*originals.*allow_copies=True"
+    ):
+        evaluate(copies)
+    assert evaluate(copies, allow_copies=True).accuracy("micro") == 20 / 22
+    assert evaluate(replace(tableware, is_copy=np.zeros(22, bool))).accuracy("micro") == 20 / 22

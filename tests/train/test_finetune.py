@@ -145,6 +145,16 @@ def test_evaluation_photos_that_are_trained_on_are_warned_of(photos, backbone):
         assert (warning in recorder.messages[0]) == is_warned
 
 
+def test_augmented_copies_are_not_evaluated_on(photos, backbone):
+    """Nor do their groups, of copies and originals, pass for a search for duplicates."""
+    copies, recorder = replace(photos, origins=[photos.ids[1], *[""] * 15]), StopAt(0)
+    with pytest.raises(UsageError, match=r"1 of the 2 images of dataset .* are augmented copies"):
+        finetune(photos, backbone, CONFIG, eval_dataset=copies.select([0, 3]), reporters=[recorder])
+    with pytest.raises(KeyboardInterrupt):
+        finetune(copies, backbone, CONFIG, eval_dataset=copies.select([3, 12]), reporters=[recorder])
+    assert "warning: 2 of 2 test images show the same as a training image" in recorder.messages[0]
+
+
 def test_evaluation_counts_every_photo_once_and_matches_classes_by_name(run, one_epoch, eval_photos):
     result, _ = run
     predictions = predict(result.classifier, eval_photos)

@@ -144,7 +144,7 @@ def test_a_script_measures_ours_and_two_peers(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(set(every.BENCHMARKS) - {"train_step", "correctness"}))
 def test_every_script_runs(tmp_path, name):
-    peers = {"score": ["flax-jit-float32"], "input_pipeline": ["jaxcls-1", "grain-0"]}
+    peers = {"score": ["flax-jit-float32"], "input_pipeline": ["jaxcls-0", "grain-0"]}
     chosen = ["--peer", *peers.get(name, []), *["jaxcls"] * (name != "input_pipeline")]
     run("-m", f"benchmarks.{name}", "--tiny", "--out", tmp_path, *chosen)
     rows = read(tmp_path)

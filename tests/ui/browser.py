@@ -14,7 +14,7 @@ BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
 @contextmanager
 def open_browser(width: int = 1280, height: int = 800, *, dark: bool = False) -> Iterator[Any]:
-    """A window of so many pixels, without any network but to this machine; skips a test where there is none."""
+    """A window of so many pixels, without any network but to this machine; skips the test without one."""
     from selenium import webdriver
     from selenium.webdriver.chrome.service import Service
 

@@ -23,7 +23,8 @@ export function filterBar(selection) {
   const names = { text: "Search (/)", verdict: "Answer", truth: "Truth", predicted: "Prediction",
     low: `${results.scoreName}, from`, high: `${results.scoreName}, to`, order: "Order" };
   for (const [key, control] of Object.entries(fields)) {
-    control.addEventListener("input", () => selection.change({ [key]: control.value }));
+    const event = control.tagName === "SELECT" ? "change" : "input";
+    control.addEventListener(event, () => selection.change({ [key]: control.value }));
   }
   const status = element("p", { class: "status", role: "status" });
   selection.listen(({ filter, images }) => {

@@ -44,7 +44,7 @@ export class ThresholdExplorer {
     this.pr = new CurvePlot("Precision-recall curve", "recall", "precision",
       ({ recall, precision }) => [recall, precision], true);
     const present = results.classes.map((name, label) => [label, name]).filter(([label]) => results.support[label] > 0);
-    this.classes = choice(present, { oninput: () => this.pick() });
+    this.classes = choice(present, { onchange: () => this.pick() });
     this.slider = element("input", { type: "range", min: "0", step: "1", oninput: () => this.slide() });
     this.value = element("output", { class: "value" });
     this.counts = element("div", { class: "counts" });

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import tyro
 
 import jaxcls
+from jaxcls.commands.annotate import Annotate
 from jaxcls.commands.augment import Augment
 from jaxcls.commands.base import FAILED, INTERRUPTED, WRONG_USAGE
 from jaxcls.commands.gather import Gather
@@ -21,8 +22,8 @@ from jaxcls.errors import JaxclsError, UsageError
 from jaxcls.storage import Storage
 
 COMMANDS = (
-    Quickstart, Info, Gather, Augment, Pack, Train, Svm, Evaluate, Review, Thresholds, Predict, Export,
-    Serve, Deploy, List, Delete, Score, Loadtest, Docker,
+    Quickstart, Info, Gather, Annotate, Augment, Pack, Train, Svm, Evaluate, Review, Thresholds, Predict,
+    Export, Serve, Deploy, List, Delete, Score, Loadtest, Docker,
 )  # fmt: skip
 
 

@@ -42,9 +42,9 @@ train.config train.state train.optimizer train.step train.memory train.signals t
 train.reporters train.folder
 train.finetune
 svm.samples svm.newton svm.solver svm.calibration svm.cross_validation svm.labels svm.fit
-ui.extra ui.app ui.review
+ui.extra ui.app ui.annotate ui.review
 quickstart
-commands.base commands.output commands.info commands.gather commands.augment commands.pack
+commands.base commands.output commands.info commands.gather commands.annotate commands.augment commands.pack
 commands.training commands.scoring commands.review commands.thresholds commands.service
 cli
 """.split()  # noqa: SIM905 - a map, to be read as one

@@ -109,6 +109,18 @@ def against_own(
     return _compare_rates(_best(mine), _best(others), ratio, 0.0)
 
 
+def against_folder(results: Results, *, work: str, ratio: float, photo_side: int) -> Outcome | None:
+    """Our views from records against our views from a folder of the same photos, in the same run."""
+    rows = results.find(benchmark="input_pipeline", photo_side=photo_side)
+    ours = [row for row in rows if row["subject"].startswith(OURS)]
+    records = _best([row for row in ours if row["work"] == work])
+    folder = _best([row for row in ours if row["work"] == "input_pipeline"])
+    if records is None or folder is None:
+        return None
+    mine, other = (row["images_per_second"]["median"] for row in (records, folder))
+    return Outcome(f"{_short(mine)}/s", f"{_short(other)}/s, folder", mine / other, mine >= ratio * other)
+
+
 def fits_sooner(results: Results, *, ratio: float, **problem: Any) -> Outcome | None:
     """Our seconds for an SVM against scikit-learn's, once both end near the least objective."""
     rows = [row for row in results.find(benchmark="svm", **problem) if "gap" in row]
@@ -262,6 +274,13 @@ def _goals() -> list[Goal]:
     text = "≥ 2x `DataLoader` + Pillow, ≥ 7,000/s"
     question = "input pipeline, JPEGs of 500 px"
     add(question, "gpu", text, against_peers, ratio=2.0, least=7000.0, photo_side=500, **how_read)
+    for side, work, what, ratio in (
+        (500, "read_records", "the same files", 1.0),
+        (500, "read_resized_records", "resized once to 256 px", 1.3),
+        (1500, "read_resized_records", "resized once to 256 px", 3.0),
+    ):
+        question, text = f"from ArrayRecord, JPEGs of {side} px, {what}", f"≥ {ratio:g}x the folder"
+        add(question, "cpu", text, against_folder, work=work, ratio=ratio, photo_side=side)
     warm = {"benchmark": "startup", "work": "first_score", "cache": "warm", "depth": 50}
     add("first score, warm, ResNet-50", "cpu", "≤ 3 s", within_seconds, seconds=3.0, **warm)
     add("first score, warm, ResNet-50", "gpu", "≤ 5 s", within_seconds, seconds=5.0, **warm)

@@ -5,8 +5,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
+import tyro
 from tyro.conf import Positional
 
 from jaxcls.commands.base import DONE, PhotoCommand
@@ -20,8 +21,8 @@ class Pack(PhotoCommand):
 
     uses_jax: ClassVar[bool] = False
 
-    photos: Positional[Path]
-    """A folder with one sub-folder per class, a .csv or .jsonl list, or other records."""
+    data: Annotated[Positional[Path], tyro.conf.arg(metavar="PHOTOS")]
+    """The folder of photos, one sub-folder per class; or a .csv or .jsonl list, or other records."""
     out: Path
     """The new folder. The other commands take it in place of a folder of photos."""
     size: int | None = None
@@ -32,7 +33,7 @@ class Pack(PhotoCommand):
     """Leave out photos that cannot be decoded, and say which; otherwise they are an error with --size."""
 
     def run(self) -> int:
-        photos = self.read(self.photos, skip_bad=self.skip_bad)
+        photos = self.read(self.data, skip_bad=self.skip_bad)
         write_arrayrecord(photos, self.out, size=self.size, shards=self.shards)
         num_bytes = sum(file.stat().st_size for file in self.out.iterdir())
         print(f"{len(photos)} images, {format_bytes(num_bytes)}: {self.out}")

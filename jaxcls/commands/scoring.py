@@ -25,7 +25,7 @@ class EvaluationCommand(PhotoCommand):
     model: Annotated[Positional[Path], tyro.conf.arg(metavar="CLASSIFIER")]
     """A saved classifier."""
     data: Annotated[Positional[Path], tyro.conf.arg(metavar="PHOTOS")]
-    """The folder of photos, one sub-folder per class."""
+    """The folder of photos, one sub-folder per class; records (`jaxcls pack`), or a .csv or .jsonl list."""
     ids: Path | None = None
     """Only the photos whose ids this file lists, one a line, such as a run's `test_ids.txt`."""
     allow_copies: bool = False

@@ -91,6 +91,27 @@ def test_seconds_and_shares(tmp_path):
     assert cells_of(text, "41 photos, 15 epochs, ResNet-18")[3:6] == ["90 s", "60 s of bare steps", "0.67"]
 
 
+def test_records_are_held_against_the_folder_of_the_same_photos(tmp_path):
+    results = Results(tmp_path / "a.json", MACHINE)
+    for work, subject, side, rate in (
+        ("input_pipeline", "jaxcls-0", 500, 100.0),
+        ("input_pipeline", "jaxcls-max", 500, 120.0),
+        ("input_pipeline", "dataloader-max", 500, 900.0),
+        ("input_pipeline", "jaxcls-0", 1500, 5.0),
+        ("decode", "jaxcls-0", 500, 990.0),
+        ("read_records", "jaxcls-0", 500, 108.0),
+        ("read_resized_records", "jaxcls-0", 500, 150.0),
+        ("read_resized_records", "jaxcls-max", 500, 180.0),
+    ):
+        results.put(rated(subject, rate, benchmark="input_pipeline", work=work, photo_side=side))
+    text = table.contents(tmp_path)
+    resized = cells_of(text, "from ArrayRecord, JPEGs of 500 px, resized once to 256 px")
+    assert resized[3:6] == ["180/s", "120/s, folder", "1.50"]
+    assert cells_of(text, "from ArrayRecord, JPEGs of 500 px, the same files")[5] == "**0.90**"
+    question = "from ArrayRecord, JPEGs of 1500 px, resized once to 256 px"
+    assert cells_of(text, question)[3] == "not measured yet"
+
+
 @pytest.mark.parametrize(
     ("gap", "ratio"), [(5e-5, "4.00"), (2e-4, "**4.00**")], ids=["near", "not near enough"]
 )

@@ -151,6 +151,7 @@ def test_train_leaves_a_run_that_evaluates_alike(folder, weights, tmp_path, caps
         "config.json", "metrics.jsonl", "accuracy.png", "classifier", "predictions.csv", "test_ids.txt"
     }  # fmt: skip
     assert len((run / "test_ids.txt").read_text().split()) == 12 - 7
+    assert len((run / "train_ids.txt").read_text().split()) == 7
     assert main(["evaluate", str(run / "classifier"), str(folder), "--ids", str(run / "test_ids.txt")]) == 0
     report = capsys.readouterr().out
     assert report.strip() in trained.out

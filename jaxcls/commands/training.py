@@ -78,6 +78,7 @@ class TrainingCommand(PhotoCommand):
         is_settled = self.split.test_data is not None or self.split.train_size == 1
         if self.split.keep_split is not None and is_settled:
             raise UsageError("--keep-split goes with neither --test-data nor --train-size 1")
+        previous = None if self.split.keep_split is None else read_split(self.split.keep_split)
         photos = self.read(self.data, skip_bad=self.skip_bad)
         originals = photos.originals()
         duplicates = find_duplicates(originals) if self.split.group_duplicates else None
@@ -91,7 +92,6 @@ class TrainingCommand(PhotoCommand):
         size = self.split.train_size
         if size == 1:
             return photos, None
-        previous = None if self.split.keep_split is None else read_split(self.split.keep_split)
         size = int(size) if size > 1 else size
         train, test = photos.split(size, seed=self.split.split_seed, previous=previous)
         for line in test.notes:

@@ -133,7 +133,8 @@ def read_inventory(path: Path) -> Inventory:
                     )
                 digests[name] = digest
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} cannot be read: {error}") from error
+        reason = getattr(error, "strerror", None) or "it is no UTF-8"
+        raise UsageError(f"{path} cannot be read: {reason}") from error
     return Inventory(np.asarray(list(digests), ID_DTYPE), _rows(digests.values()))
 
 

@@ -45,7 +45,7 @@ def review_page(
     results = describe(predictions, evaluation, title=title, model=model, thresholds=thresholds)
     # A later page at this address has other photos: the browser is not to show those that it kept.
     data = results | {"photosVersion": secrets.token_hex(8), "note": f"{len(dataset):,} photos."}
-    html = make_page(title, {"results": data}, sources={"img-src": "'self'"})
+    html = make_page(title, {"results": data}, sources={"img-src": "'self' data:"})
 
     # A plain function: Starlette runs it in a thread.
     def show(request: Request) -> Response:

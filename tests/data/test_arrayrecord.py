@@ -7,6 +7,7 @@ import resource
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,12 +16,13 @@ import pytest
 from conftest import draw, write_photos
 from PIL import Image, ImageOps
 
+from jaxcls.augment.host import Augmentation
 from jaxcls.data import arrayrecord
 from jaxcls.data.arrayrecord import INDEX, MANIFEST, read_arrayrecord, shard_name, write_arrayrecord
 from jaxcls.data.dataset import Dataset, from_items, scan
 from jaxcls.data.folder import read_folder
 from jaxcls.errors import DatasetError, ImageError, UsageError
-from jaxcls.pipeline import evaluation_batches
+from jaxcls.pipeline import evaluation_batches, training_batches
 from jaxcls.preprocess import Preprocess
 
 
@@ -164,6 +166,22 @@ if child == 0:
 sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
     subprocess.run([sys.executable, "-c", code, str(path)], check=True)
+
+
+def test_training_sees_what_it_sees_of_the_folder(tmp_path):
+    folder = read_folder(write_photos(tmp_path / "photos", {"blue": 4, "red": 4}))
+    records = read_arrayrecord(write_arrayrecord(folder, tmp_path / "records", shards=3))
+    preprocess, augmentation = Preprocess(size=32), Augmentation(flip=True, min_crop_area=0.3)
+    options = {"batch_size": 3, "seed": 7}
+    with (
+        closing(training_batches(folder, preprocess, augmentation, **options)) as expected,
+        closing(training_batches(records, preprocess, augmentation, **options)) as found,
+    ):
+        for _ in range(4):
+            first, second = next(expected), next(found)
+            np.testing.assert_array_equal(first.images, second.images)
+            np.testing.assert_array_equal(first.labels, second.labels)
+            np.testing.assert_array_equal(first.indices, second.indices)
 
 
 @pytest.mark.slow

@@ -40,10 +40,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             description=f"jaxcls {jaxcls.__version__}: {jaxcls.__doc__.partition(chr(10))[0]}",
             args=arguments,
         )
+        storage = Storage.default()
+        storage.clean()
+        # Libraries that keep files of their own; the user's variables go before.
+        for variable, folder in (("MPLCONFIGDIR", "matplotlib"), ("HF_XET_CACHE", "xet")):
+            os.environ.setdefault(variable, str(storage.persistent / folder))
         if command.uses_jax:
             from jaxcls.parallel import use_compilation_cache
 
-            use_compilation_cache(Storage.default().persistent / "compiled")
+            use_compilation_cache(storage.persistent / "compiled")
         return command.run()
     except BrokenPipeError:
         # The reader, such as `head`, has gone. Point the stream elsewhere, or its flush at exit fails too.

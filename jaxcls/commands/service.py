@@ -25,6 +25,7 @@ from jaxcls.commands.base import (
 from jaxcls.commands.output import OutputOptions
 from jaxcls.errors import UsageError
 from jaxcls.serving.config import READY_SECONDS, ServiceConfig, require_extra
+from jaxcls.storage import Storage
 
 if TYPE_CHECKING:
     from jaxcls.serving.client import Client
@@ -209,7 +210,8 @@ class Loadtest(Command):
             seconds=self.duration,
             key=read_key(self.key_file, KEY_VARIABLE),
         )
-        report = load_test(load, p99_ms=self.p99_ms)
+        with Storage.default().scratch() as temp:
+            report = load_test(load, p99_ms=self.p99_ms, temp=temp)
         print(report)
         out = self.out or new_output("loadtest")
         report.write(out)

@@ -232,11 +232,13 @@ def _fetch(name: str, entry: CatalogueEntry) -> Path:
     """The file in the hub's cache, fetched where it is not there yet."""
     from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
 
-    cached = try_to_load_from_cache(entry.repository, HUB_FILE, revision=entry.revision)
-    if isinstance(cached, str):
-        return Path(cached)
+    own = _hub_cache()
+    for folder in (own, None):
+        cached = try_to_load_from_cache(entry.repository, HUB_FILE, cache_dir=folder, revision=entry.revision)
+        if isinstance(cached, str):
+            return Path(cached)
     try:
-        return Path(hf_hub_download(entry.repository, HUB_FILE, revision=entry.revision))
+        return Path(hf_hub_download(entry.repository, HUB_FILE, cache_dir=own, revision=entry.revision))
     except Exception as error:  # besides its own, the client lets through its HTTP library's errors
         reason = " ".join(str(error.__cause__ or error).split())
         raise WeightsError(
@@ -244,6 +246,12 @@ def _fetch(name: str, entry: CatalogueEntry) -> Path:
             f"{entry.repository} ({reason}); check the connection, "
             "or give a file with weights=PATH (--weights PATH)"
         ) from error
+
+
+def _hub_cache() -> Path | None:
+    """Where fetched weights are kept; None: where the hub's client is told to by variables of its own."""
+    is_told = bool({"HF_HOME", "HF_HUB_CACHE"} & set(os.environ))
+    return None if is_told else Storage.default().persistent / "hub"
 
 
 def _check_sha256(name: str, entry: CatalogueEntry, sha256: str, pinned: str | None) -> None:

@@ -335,8 +335,13 @@ def plot_goodput(report: Report, ax: Axes | None = None) -> Axes:
     return ax
 
 
-def load_test(load: Load, *, p99_ms: float | None = None) -> Report:
+def load_test(load: Load, *, p99_ms: float | None = None, temp: Path | None = None) -> Report:
     """Send a load and report what became of it. Ctrl-C ends it early.
+
+    Args:
+        load: what to send.
+        p99_ms: the objective.
+        temp: a folder for what is noted of each request meanwhile. Default: the system's.
 
     Raises:
         MissingExtraError: Locust is not installed.
@@ -345,7 +350,7 @@ def load_test(load: Load, *, p99_ms: float | None = None) -> Report:
     if find_spec("locust") is None:
         raise MissingExtraError("locust", "a load test", "pip install 'jaxcls[loadtest]'")
     began, is_interrupted = datetime.now().astimezone(), False
-    with tempfile.TemporaryFile() as lines:
+    with tempfile.TemporaryFile(dir=temp) as lines:
         # A process group of its own: Ctrl-C on a terminal reaches this process alone, which closes the input.
         with subprocess.Popen(
             [sys.executable, "-m", "jaxcls.serving.load_generator"],

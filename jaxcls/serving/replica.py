@@ -41,7 +41,6 @@ from jaxcls.serving.batcher import Batcher
 from jaxcls.serving.config import MAX_SHUTDOWN_SECONDS, ServiceConfig
 from jaxcls.serving.metrics import Metrics
 from jaxcls.serving.service import Service
-from jaxcls.storage import Storage
 
 LOGGER = logging.getLogger(__name__)
 Score = Callable[[np.ndarray], np.ndarray]
@@ -310,13 +309,14 @@ def main() -> int:
     )
     parser.add_argument("--status-fd", type=int, required=True, help="a pipe: it is told 'ready'")
     parser.add_argument("--key-file", type=Path)
+    parser.add_argument("--compiled", type=Path, required=True, help="where compiled programs are kept")
     parser.add_argument("--name", required=True)
     parser.add_argument("--version", required=True)
     parser.add_argument("--config", type=json.loads, default={}, help="fields of ServiceConfig, in JSON")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     threading.Thread(target=_follow, args=(options.status_fd,), daemon=True).start()
-    use_compilation_cache(Storage.default().persistent / "compiled")
+    use_compilation_cache(options.compiled)
     try:
         keys = None if options.key_file is None else Keys.read(options.key_file)
         serve(

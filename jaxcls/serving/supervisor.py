@@ -34,7 +34,6 @@ from jaxcls.errors import DeploymentError
 from jaxcls.serving.auth import Keys
 from jaxcls.serving.keeper import Keeper
 from jaxcls.serving.registry import PROCESSES_LOCK, SUPERVISOR_LOCK, Entry, ReplicaReport, Report, Spec
-from jaxcls.storage import HOME_VARIABLE
 
 LOGGER = logging.getLogger("supervisor")
 
@@ -148,6 +147,7 @@ class Supervisor:
             "name": self._entry.name,
             "version": spec.version,
             "key-file": self._entry.key_file,
+            "compiled": self._entry.folder.parents[1] / "compiled",
             "config": json.dumps(spec.config),
         }
         model = self._entry.classifier(spec.version)
@@ -271,8 +271,6 @@ def _detach(entry: Entry) -> None:
     """Belong to no terminal and no folder of the user's; say things in the log alone."""
     os.setsid()
     os.umask(0o077)
-    if home := os.environ.get(HOME_VARIABLE):
-        os.environ[HOME_VARIABLE] = str(Path(home).expanduser().absolute())
     os.chdir(entry.folder)
     nowhere = os.open(os.devnull, os.O_RDWR)
     for stream in (sys.stdin, sys.stdout, sys.stderr):

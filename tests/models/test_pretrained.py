@@ -189,6 +189,7 @@ def hub(tmp_path, monkeypatch):
         constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}"
     )
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setenv("JAXCLS_HOME", str(tmp_path / "home"))
     # The client waits between its attempts.
     monkeypatch.setattr(file_download, "time", SimpleNamespace(sleep=lambda _: None))
@@ -222,6 +223,20 @@ def publish(hub, monkeypatch):
         hub.files = {f"/acme/net/resolve/{revision or 'main'}/model.safetensors": content}
 
     return publish
+
+
+def test_weights_are_kept_in_our_storage_unless_the_hubs_variables_say_where(
+    tmp_path, hub, publish, content, monkeypatch
+):
+    monkeypatch.delenv("HF_HUB_CACHE")
+    monkeypatch.delenv("HF_HOME", raising=False)
+    publish(content, revision=COMMIT, sha256=hashlib.sha256(content).hexdigest())
+    for _ in range(2):
+        load_pretrained("resnet18")
+    assert [method for method, path in hub.requests if path in hub.files] == ["HEAD", "GET"]
+    (weights,) = (tmp_path / "home" / "persistent" / "hub").rglob("model.safetensors")
+    assert weights.read_bytes() == content
+    assert not (tmp_path / "hub").exists()
 
 
 def cached_bytes(tmp_path):

@@ -165,7 +165,7 @@ class Desk:
             {"photos": self.state()},
             entry="annotate.js",
             styles=("page.css", "annotate.css"),
-            sources={"img-src": "'self'", "connect-src": "'self'"},
+            sources={"img-src": "'self' data:", "connect-src": "'self'"},
         )
 
     def _answer_state(self, request: Request) -> Response:

@@ -43,6 +43,8 @@ from jaxcls.storage import Storage
 MAX_BODY_BYTES = 16 * 2**20
 """Of a request: the paths of 100,000 photos."""
 
+MAX_PORT = 65535
+
 _OWN_HOST = re.compile(r"(127\.0\.0\.1|localhost|\[::1\])(:[0-9]{1,5})?", re.IGNORECASE)
 """Any port: that of a forwarded one is another. A name of somebody else's that leads here is refused."""
 
@@ -206,9 +208,11 @@ def _opened(address: str) -> Iterator[None]:
 
 
 def _listen(port: int) -> socket.socket:
+    if not 0 <= port <= MAX_PORT:
+        raise UsageError(f"cannot listen on port {port}: give a --port from 0 to {MAX_PORT}")
     try:
         return socket.create_server(("127.0.0.1", port))
-    except (OSError, OverflowError) as error:
+    except OSError as error:
         raise UsageError(f"cannot listen on 127.0.0.1 port {port}: {error}: give another --port") from error
 
 

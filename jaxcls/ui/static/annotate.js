@@ -21,12 +21,22 @@ const HELP = [
   ["?", "this list"],
 ];
 
-function pictureOf(id, size) {
+function pictureOf(id, size, onFailure = () => {}) {
   const node = element("img", { src: `photo?${new URLSearchParams({ id, size })}`, alt: "", draggable: "false",
     loading: size === "thumbnail" ? "lazy" : "eager" });
-  node.addEventListener("error", () =>
-    node.replaceWith(element("span", { class: "no-picture", text: "unreadable" })));
+  node.addEventListener("error", () => {
+    node.replaceWith(element("span", { class: "no-picture", text: "unreadable" }));
+    onFailure();
+  });
   return node;
+}
+
+function showLabel(control, label) {
+  if (control.value === label) return;
+  if (![...control.options].some((option) => option.value === label)) {
+    control.append(element("option", { value: label, text: titleOf(label) }));
+  }
+  control.value = label;
 }
 
 class AnnotationPage {
@@ -44,16 +54,16 @@ class AnnotationPage {
 
   build(root, saved) {
     const { photos } = this;
-    this.filter = element("select", { oninput: () => this.choose() });
+    this.filter = element("select", { onchange: () => this.choose() });
     this.fillFilter();
     this.filter.value = saved.get("filter") ?? "all";
     if (this.filter.value === "") this.filter.value = "all";
-    this.order = choice(Object.entries(PHOTO_ORDERS).map(([key, [text]]) => [key, text]), { oninput: () => this.choose() });
+    this.order = choice(Object.entries(PHOTO_ORDERS).map(([key, [text]]) => [key, text]), { onchange: () => this.choose() });
     this.order.querySelector("[value=doubt]").disabled = photos.doubts === null;
     this.order.querySelector("[value=lead]").disabled = photos.leads === null;
     const order = this.order.querySelector(`[value=${CSS.escape(saved.get("order") ?? "name")}]:enabled`);
     this.order.value = order === null ? "name" : order.value;
-    this.size = choice(PAGE_SIZES.map((size) => [size, size]), { oninput: () => this.resize() });
+    this.size = choice(PAGE_SIZES.map((size) => [size, size]), { onchange: () => this.resize() });
     this.size.value = this.pageSize;
     this.slider = element("input", { type: "range", min: "1", step: "1", oninput: () => this.turn(Number(this.slider.value) - 1) });
     this.back = button("←", () => this.turn(this.page - 1), { "aria-label": "Previous page" });
@@ -66,6 +76,7 @@ class AnnotationPage {
     this.list = element("ul", { class: "photo-pages", "aria-label": "Photos" });
     this.palette = element("div", { class: "palette", role: "group", "aria-label": "Label the selected photos" });
     this.byName = element("input", { list: "class-names", autocomplete: "off", maxlength: "200",
+      "aria-label": "Label by name, also with a new class", placeholder: "name, or a new class (l)",
       onkeydown: (event) => this.pressInName(event), oninput: () => (this.offered = null) });
     this.names = element("datalist", { id: "class-names" });
     this.zoom = this.makeZoom();
@@ -81,11 +92,9 @@ class AnnotationPage {
         element("div", { class: "filters" }, labelled("Show", this.filter), labelled("Order", this.order),
           labelled("Per page", this.size)),
         element("div", { class: "viewer-steps" }, this.back, labelled("Page", this.slider), this.next, this.count),
-        this.list),
+        this.pending, this.list),
       element("footer", { class: "label-bar" }, this.status, this.palette,
-        element("div", { class: "by-name" }, labelled("Label by name (l), or a new class", this.byName), this.names,
-          button("Label", () => this.labelByName())),
-        this.pending),
+        element("div", { class: "by-name" }, this.byName, this.names, button("Label", () => this.labelByName()))),
       this.zoom.node, this.help);
   }
 
@@ -154,13 +163,27 @@ class AnnotationPage {
   makeCell(id, place) {
     const picture = button("", (event) => this.click(place, event), { class: "picture", "aria-label": `Select ${id}`,
       ondblclick: () => this.openZoom(place) });
-    picture.append(pictureOf(id, "thumbnail"));
-    const label = element("select", { "aria-label": `Label of ${id}`, oninput: () => this.photos.edit([id], label.value) });
+    picture.append(pictureOf(id, "thumbnail", () => picture.setAttribute("aria-label", `Select ${id}, unreadable`)));
+    const label = this.makeLabelChoice(() => id, { "aria-label": `Label of ${id}` });
     const zoom = button("⤢", () => this.openZoom(place), { class: "zoom", "aria-label": `Zoom ${id}` });
     const hint = element("div", { class: "caption muted" });
     const node = element("li", { class: "photo" }, picture, zoom,
       element("div", { class: "caption" }, nameElement(id.slice(id.lastIndexOf("/") + 1), { title: id })), label, hint);
     return { node, picture, label, zoom, hint };
+  }
+
+  // It lists the other classes only once somebody looks: there may be thousands, for each photo.
+  makeLabelChoice(photo, attributes = {}) {
+    const fillIn = () => {
+      const label = control.value;
+      const all = [...this.photos.classes, NO_LABEL, TRASH];
+      if (control.options.length === all.length) return;
+      control.replaceChildren(...all.map((name) => element("option", { value: name, text: titleOf(name) })));
+      control.value = label;
+    };
+    const control = element("select", { ...attributes, onpointerdown: fillIn, onfocus: fillIn,
+      onchange: () => this.photos.edit([photo()], control.value) });
+    return control;
   }
 
   draw() {
@@ -171,8 +194,11 @@ class AnnotationPage {
     const changed = photos.numChanged();
     this.pending.textContent = changed === 0 ? "Every photo lies in the folder of its label." :
       `${formatCount(changed, "photo")} not yet moved: jaxcls annotate DATA --apply does it.`;
-    this.drawPalette();
-    this.fillFilter();
+    if (this.numClasses !== photos.classes.length) {
+      this.numClasses = photos.classes.length;
+      this.drawPalette();
+      this.fillFilter();
+    }
     this.drawZoom();
   }
 
@@ -181,8 +207,7 @@ class AnnotationPage {
     const { node, picture, label, zoom, hint } = this.cells.get(id);
     const i = photos.places.get(id);
     const own = photos.labels[i] ?? NO_LABEL;
-    label.replaceChildren(...[...photos.classes, NO_LABEL, TRASH].map((name) => element("option", { value: name, text: titleOf(name) })));
-    label.value = own;
+    showLabel(label, own);
     hint.replaceChildren(...this.hints(i));
     node.classList.toggle("changed", own !== photos.folders[i]);
     node.classList.toggle("trashed", own === TRASH);
@@ -359,7 +384,7 @@ class AnnotationPage {
   makeZoom() {
     const title = element("h2", { id: "zoom-title" });
     const picture = element("div", { class: "picture" });
-    const label = element("select", { oninput: () => this.photos.edit(this.onPage.slice(this.current, this.current + 1), label.value) });
+    const label = this.makeLabelChoice(() => this.onPage[this.current]);
     const hint = element("span", { class: "muted" });
     const status = element("p", { class: "status", role: "status" });
     const node = element("dialog", { class: "viewer zoomed", "aria-labelledby": "zoom-title", onclose: () => this.focusCurrent() },
@@ -382,12 +407,10 @@ class AnnotationPage {
     const { zoom, photos } = this;
     const id = this.onPage[this.current];
     if (!zoom.node.open || id === undefined) return;
-    const cell = this.cells.get(id);
     zoom.title.replaceChildren(nameElement(id));
     if (zoom.id !== id) zoom.picture.replaceChildren(pictureOf(id, "whole"));
     zoom.id = id;
-    zoom.label.replaceChildren(...[...cell.label.options].map(({ value, text }) => element("option", { value, text })));
-    zoom.label.value = cell.label.value;
+    showLabel(zoom.label, photos.labelOf(id));
     zoom.hint.replaceChildren(...this.hints(photos.places.get(id)));
   }
 }

@@ -9,10 +9,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from conftest import write_photos
 
+import jaxcls
 import jaxcls.storage
 from jaxcls.errors import UsageError
-from jaxcls.storage import Storage, locked, make_private_folder, write_whole
+from jaxcls.storage import Storage, file_sha256, locked, make_private_folder, write_whole
 
 
 def test_home_holds_all_three_roots():
@@ -136,3 +138,42 @@ def test_a_file_is_replaced_whole(tmp_path, monkeypatch):
     with pytest.raises(ZeroDivisionError):
         write_whole(path, b"new")
     assert path.read_bytes() == b"old"
+
+
+@pytest.mark.slow
+def test_commands_write_nothing_outside_the_three_roots(tmp_path, backbone):
+    """Neither at home, nor where they run, nor where the system keeps what is temporary."""
+    photos = write_photos(tmp_path / "photos", {"blue": 6, "red": 6})
+    network = jaxcls.create_model("resnet18", ("blue", "red"), image_size=32).save(tmp_path / "network")
+    places = {
+        name: tmp_path / "empty" / name for name in ("HOME", "TMPDIR", "XDG_CONFIG_HOME", "XDG_DATA_HOME")
+    }
+    for place in (*places.values(), tmp_path / "empty" / "cwd"):
+        place.mkdir(parents=True)
+    given = {path: file_sha256(path) for path in tmp_path.rglob("*") if path.is_file()}
+    outputs = tmp_path / "jaxcls" / "outputs"
+    run, out = outputs / "run", outputs / "augmented"
+    commands = (
+        ("augment", photos, "--pipeline", "Fliplr(0.5)", "--out", out),
+        ("augment", photos, "--pipeline", "Fliplr(0.5)"),
+        ("train", out, "--backbone", network, "--num-epochs", "1", "--batch-size", "4", "--out", run),
+        ("evaluate", run / "classifier", out, "--ids", run / "test_ids.txt", "--out", outputs / "evaluation"),
+        ("pack", photos, "--out", outputs / "packed"),
+    )
+    environment = {name: str(place) for name, place in places.items()} | {
+        "PATH": os.environ["PATH"], "JAXCLS_HOME": str(tmp_path / "jaxcls"), "JAX_PLATFORMS": "cpu",
+    }  # fmt: skip
+    for command in commands:
+        done = subprocess.run(
+            [sys.executable, "-m", "jaxcls.cli", *map(str, command)],
+            cwd=tmp_path / "empty" / "cwd", env=environment, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, (command, done.stderr)
+    roots = {path.name for path in (tmp_path / "jaxcls").iterdir()}
+    assert roots <= {"outputs", "persistent", "temp"}
+    assert not [path for path in (tmp_path / "empty").rglob("*") if path.is_file()]
+    assert not list((tmp_path / "jaxcls").glob("temp/*"))
+    assert {path for path in tmp_path.rglob("*") if path.is_file() and "jaxcls" not in path.parts} == set(
+        given
+    )
+    assert all(file_sha256(path) == sha256 for path, sha256 in given.items())

@@ -31,6 +31,7 @@ with epy.lazy_api_imports(globals()):
         svm,
         train,
     )
+    from jaxcls.augment.copies import augment_dataset
     from jaxcls.classifier import Classifier, Head, create_model, imagenet_classifier, load, load_program
     from jaxcls.data.dataset import Dataset, scan
     from jaxcls.data.folder import read_folder

@@ -188,7 +188,7 @@ def test_public_api_is_documented(name):
 
 @pytest.mark.parametrize(
     "name",
-    ["read_folder", "scan", "load_pretrained", "create_model", "imagenet_classifier", "finetune", "fit_svm",
+    ["read_folder", "scan", "augment_dataset", "load_pretrained", "create_model", "imagenet_classifier", "finetune", "fit_svm",
      "predict", "make_scorer", "extract_features", "evaluate", "load", "load_program"],
 )  # fmt: skip
 def test_public_functions_state_their_errors(name):

@@ -44,6 +44,20 @@ def test_the_augmentation_example_runs():
     assert (names["augmented"].shape, names["augmented"].dtype) == ((2, 8, 10, 3), np.uint8)
 
 
+def test_the_example_of_augmented_copies_runs(tmp_path, monkeypatch):
+    from jaxcls.augment import ops
+
+    monkeypatch.setenv("JAXCLS_HOME", str(tmp_path / "home"))
+    photos = jaxcls.read_folder(write_photos(tmp_path / "photos", {"blue": 6, "red": 6}))
+    (code,) = (
+        block for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "augment_dataset" in block
+    )
+    made, divided, _ = code.splitlines()  # the last line trains as the first example does
+    names: dict = {"jaxcls": jaxcls, "photos": photos, "augment": ops.Fliplr(0.5)}
+    exec(f"{made}\n{divided}", names)
+    assert (len(names["train"]), len(names["test"]), len(names["test"].originals())) == (21, 15, 5)
+
+
 def test_the_duplicates_example_runs(tmp_path, capsys):
     photos = jaxcls.read_folder(write_photos(tmp_path / "photos", {"blue": 6, "red": 6}))
     (code,) = (

@@ -41,8 +41,8 @@ def test_a_busy_host_keeps_no_other_waiting():
     limits = Limits(num_requests=2, num_per_host=1, interval_seconds=0.2)
     _, starts = run(limits, [("a", [1])] * 3 + [("b", [1])])
     times = [seconds for host, seconds in starts if host == "a"]
-    assert dict(starts)["b"] < 0.1
-    assert 0.35 < times[-1] < 0.7
+    assert dict(starts)["b"] < times[1]
+    assert times[-1] > 0.35
 
 
 def test_attempts_end_with_success_with_their_number_or_with_an_error_that_stays():
@@ -65,8 +65,9 @@ def test_attempts_end_with_success_with_their_number_or_with_an_error_that_stays
 def test_a_host_that_asks_for_rest_has_it_from_all():
     limits = Limits(num_per_host=1, interval_seconds=0, pause_seconds=0)
     _, starts = run(limits, [("a", [fails(retry_after=0.3), 1]), ("a", [2]), ("b", [3])])
-    assert sorted(host for host, seconds in starts if seconds < 0.2) == ["a", "b"]
-    assert len(starts) == 4
+    starts.sort(key=lambda start: start[1])
+    assert sorted(host for host, _ in starts[:2]) == ["a", "b"]
+    assert [host for host, seconds in starts[2:] if seconds > 0.3] == ["a", "a"]
 
 
 @pytest.mark.parametrize(

@@ -145,6 +145,18 @@ def within_seconds(results: Results, *, seconds: float, **values: Any) -> Outcom
     return Outcome(f"{measured:.3g} s", f"{seconds:g} s", seconds / measured, measured <= seconds)
 
 
+def lists_sooner(results: Results, *, ratio: float) -> Outcome | None:
+    """Our seconds for reading a folder against those of `find` when it looks at sizes too."""
+    rows = results.find(benchmark="listing", work="read")
+    ours = [row for row in rows if row["subject"] == OURS]
+    theirs = [row for row in rows if row["subject"] == "find-sizes"]
+    if not ours or not theirs:
+        return None
+    measured, other = ours[0]["seconds"], theirs[0]["seconds"]
+    text = f"{measured:.3g} s, {ours[0]['bytes_per_file']:.0f} bytes a file"
+    return Outcome(text, f"{other:.3g} s, find -size 0", other / measured, measured * ratio <= other)
+
+
 def within_milliseconds(results: Results, *, added: float) -> Outcome | None:
     """What HTTP adds to a photo that is decoded and scored alone."""
     for row in results.find(benchmark="serving", work="at_rest"):
@@ -281,6 +293,10 @@ def _goals() -> list[Goal]:
     ):
         question, text = f"from ArrayRecord, JPEGs of {side} px, {what}", f"≥ {ratio:g}x the folder"
         add(question, "cpu", text, against_folder, work=work, ratio=ratio, photo_side=side)
+    add("read a folder of 1,000,000 photos", "cpu", "≤ 2x `find`, sizes included", lists_sooner, ratio=0.5)
+    for step, what in (("split", "a split of them"), ("grouped_split", "a split of them, with groups")):
+        how = {"benchmark": "listing", "work": step}
+        add(f"{what}, stratified", "cpu", "≤ 5 s", within_seconds, seconds=5.0, **how)
     warm = {"benchmark": "startup", "work": "first_score", "cache": "warm", "depth": 50}
     add("first score, warm, ResNet-50", "cpu", "≤ 3 s", within_seconds, seconds=3.0, **warm)
     add("first score, warm, ResNet-50", "gpu", "≤ 5 s", within_seconds, seconds=5.0, **warm)

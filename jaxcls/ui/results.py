@@ -68,7 +68,7 @@ def describe(
         "best": predictions.top(1)[:, 0].tolist(),
         "abstained": np.flatnonzero(predictions.abstained).tolist(),
         "errors": {str(index): message for index, message in predictions.errors.items()},
-        "lossName": "Margin short of" if predictions.kind == "margin" else "Loss",
+        "lossName": "Behind the best other by" if predictions.kind == "margin" else "Loss",
         "losses": _plain_list(losses(predictions)),
         "normalizers": _normalizers(predictions),
         "thresholds": None if thresholds is None else thresholds.tolist(),

@@ -2,7 +2,6 @@
 
 import base64
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from io import BytesIO
 
@@ -10,15 +9,13 @@ from PIL import Image
 
 from jaxcls.data.dataset import Dataset
 from jaxcls.errors import ImageError
-from jaxcls.progress import show_progress
+from jaxcls.progress import map_threads
 
 TYPE = "image/webp"
 SIZES = ((384, 80), (320, 78), (256, 75), (192, 72), (144, 68), (112, 64), (88, 60), (64, 50))
 """The longer side in pixels, and WebP's quality: the first that fits is taken."""
-NUM_SAMPLED = 24
-"""Photos from which the size is told."""
-CHUNK = 256
-"""Photos encoded at a time, by all cores."""
+NUM_SAMPLED, MARGIN = 64, 1.2
+"""Photos from which the size of all is told, and by how much the others may exceed them."""
 
 
 @dataclass(frozen=True)
@@ -49,16 +46,12 @@ def make_thumbnails(dataset: Dataset, order: Sequence[int], max_bytes: int) -> T
         order: positions of those that can be read.
         max_bytes: of all base64 texts with their quotes and commas.
     """
-    side, quality = _choose_size(dataset, order, max_bytes)
-    encoded: list[str | None] = [None] * len(dataset)
-    left, num_tried = max_bytes - len("null,") * len(dataset), 0
-    for index, text in show_progress(_encode_all(dataset, order, side, quality), "thumbnails", len(order)):
-        if left < (needed := _num_bytes(text)):
-            break
-        encoded[index] = text
-        left -= needed
-        num_tried += 1
-    return Thumbnails(side, tuple(encoded), len(order) - num_tried)
+    for side, quality in SIZES[:-1]:
+        if _seem_to_fit(dataset, order, max_bytes, side, quality):
+            thumbnails = _fill(dataset, order, max_bytes, side, quality)
+            if not thumbnails.num_left_out:
+                return thumbnails
+    return _fill(dataset, order, max_bytes, *SIZES[-1])
 
 
 def encode(dataset: Dataset, index: int, side: int, quality: int) -> bytes:
@@ -74,30 +67,35 @@ def encode(dataset: Dataset, index: int, side: int, quality: int) -> bytes:
     return file.getvalue()
 
 
-def _choose_size(dataset: Dataset, order: Sequence[int], max_bytes: int) -> tuple[int, int]:
+def _seem_to_fit(dataset: Dataset, order: Sequence[int], max_bytes: int, side: int, quality: int) -> bool:
     sampled = order[:: max(1, len(order) // NUM_SAMPLED)]
-    for side, quality in SIZES:
-        texts = [text for _, text in _encode_all(dataset, sampled, side, quality)]
-        if sum(map(_num_bytes, texts)) * len(order) * 1.1 <= max_bytes * max(1, len(sampled)):
-            return side, quality
-    return SIZES[-1]
+    num_bytes = sum(map(_num_bytes, _encode_all(dataset, sampled, side, quality)))
+    return num_bytes * len(order) * MARGIN <= max_bytes * len(sampled)
+
+
+def _fill(dataset: Dataset, order: Sequence[int], max_bytes: int, side: int, quality: int) -> Thumbnails:
+    encoded: list[str | None] = [None] * len(dataset)
+    left, num_tried = max_bytes - len("null,") * len(dataset), 0
+    # Left early, the iterator leaves the rest undone.
+    for index, text in zip(order, _encode_all(dataset, order, side, quality, "thumbnails"), strict=False):
+        if left < (needed := _num_bytes(text)):
+            break
+        encoded[index] = text
+        left -= needed
+        num_tried += 1
+    return Thumbnails(side, tuple(encoded), len(order) - num_tried)
 
 
 def _encode_all(
-    dataset: Dataset, order: Sequence[int], side: int, quality: int
-) -> Iterator[tuple[int, str | None]]:
-    """Positions and texts, a chunk at a time: whoever stops early leaves the rest undone."""
-
-    def text(index: int) -> str | None:
+    dataset: Dataset, order: Sequence[int], side: int, quality: int, description: str | None = None
+) -> Iterator[str | None]:
+    def text(place: int) -> str | None:
         try:
-            return base64.b64encode(encode(dataset, index, side, quality)).decode()
+            return base64.b64encode(encode(dataset, order[place], side, quality)).decode()
         except ImageError:
             return None
 
-    with ThreadPoolExecutor() as pool:
-        for start in range(0, len(order), CHUNK):
-            chunk = order[start : start + CHUNK]
-            yield from zip(chunk, pool.map(text, chunk), strict=True)
+    return map_threads(text, len(order), description)
 
 
 def _num_bytes(text: str | None) -> int:

@@ -31,8 +31,8 @@ export function hiddenText(text) {
   return element("span", { class: "hidden-text", text });
 }
 
-export function labelled(text, control) {
-  return element("label", { class: "field" }, element("span", { text }), control);
+export function labelled(text, control, isWide = false) {
+  return element("label", { class: isWide ? "field wide" : "field" }, element("span", { text }), control);
 }
 
 export function choice(options, attributes = {}) {

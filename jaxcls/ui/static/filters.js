@@ -7,7 +7,7 @@ function controls(results) {
   const classes = [["", "any"], ...results.classes.map((name, label) => [label, name])];
   const orders = Object.entries(ORDERS).filter(([order]) => order !== "label" || results.wrongLabels);
   return {
-    text: element("input", { type: "search", placeholder: "part of a file name" }),
+    text: element("input", { type: "search", placeholder: "file name" }),
     verdict: choice([["", "any"], ...VERDICTS.map((verdict) => [verdict, verdict])]),
     truth: choice(classes),
     predicted: choice([...classes, [-1, "(no answer)"]]),
@@ -36,7 +36,7 @@ export function filterBar(selection) {
   const node = element(
     "form",
     { class: "filters", "aria-label": "Filter", onsubmit: (event) => event.preventDefault() },
-    ...Object.entries(fields).map(([key, control]) => labelled(names[key], control)),
+    ...Object.entries(fields).map(([key, control]) => labelled(names[key], control, key === "order")),
     button("Show all", () => selection.change(EVERYTHING)),
     status,
   );

@@ -2,11 +2,11 @@
 
 import { element, formatCount, formatNumber, nameElement } from "./dom.js";
 
-function table(caption, head, rows, attributes = {}) {
-  return element("table", attributes, element("caption", { text: caption }),
+function table(caption, head, rows) {
+  return element("table", {}, element("caption", { text: caption }),
     element("thead", {}, element("tr", {}, ...head.map((text) => element("th", { scope: "col", text })))),
     element("tbody", {}, ...rows.map(([name, ...cells]) =>
-      element("tr", {}, element("th", { scope: "row" }, nameElement(name)),
+      element("tr", {}, element("th", { scope: "row" }, name),
         ...cells.map((text) => element("td", { text }))))));
 }
 
@@ -16,7 +16,7 @@ export function numbersView(results) {
   ]);
   const { precision, recall, f1 } = results.perClass;
   const classes = results.classes.map((name, k) => [
-    name, formatNumber(precision[k]), formatNumber(recall[k]), formatNumber(f1[k]), String(results.support[k]),
+    nameElement(name), formatNumber(precision[k]), formatNumber(recall[k]), formatNumber(f1[k]), String(results.support[k]),
   ]);
   const { answered, ...others } = results.counts;
   const rest = Object.entries(others).map(([name, count]) => `${count.toLocaleString("en")} ${name}`).join(", ");

@@ -257,13 +257,14 @@ class _Collection:
         self.num_new = 0
         origins = provenance.origins.values()
         kept = {origin.file for origin in origins if not origin.duplicate_of}
+        missing = {file for file in kept if not (root / file).is_file()}
         self._origins: dict[tuple[str, str], Origin] = {}
         self._by_content: dict[str, list[tuple[str, str]]] = defaultdict(list)
         self._by_url: dict[str, Origin] = {}
         for origin in list(origins):
             if origin.duplicate_of and origin.file not in kept:
                 self._path(origin).unlink(missing_ok=True)  # where a run was killed before it came to that
-            if origin.duplicate_of or self._path(origin).is_file():
+            if (origin.duplicate_of or origin.file) not in missing:
                 self._know(origin)
         by_file = {origin.file: origin for origin in self._kept()}
         for origin in list(self._origins.values()):  # or between the two of a pair

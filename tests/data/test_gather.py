@@ -1,5 +1,6 @@
 """Gathering from a web on loopback that behaves like the providers, and like the rest of the web."""
 
+import asyncio
 import hashlib
 import json
 import logging
@@ -172,6 +173,15 @@ def test_a_provider_of_ones_own(web, out):
     assert len(web.asked("/museum")) == 2  # it never says that a page is the last
 
 
+def test_where_an_event_loop_is_running_as_in_notebooks(web, out):
+    urls = web.put_pictures(3)
+
+    async def cell():
+        return run(web, {"cup": urls}, out)
+
+    assert asyncio.run(cell()).counts == {"cup": 3}
+
+
 # Again.
 
 
@@ -293,6 +303,12 @@ def test_exact_copies_within_a_label_are_dropped_and_one_url_is_fetched_once(web
     web.requests.clear()
     again = run(web, {"cup": ["cup"]}, out)
     assert (again.num_copies, web.asked("/twin"), web.asked("/other")) == (2, [], [])
+    check_sound(out)
+    # A copy stands in for a photo that was lost and cannot be had again.
+    (row,) = (row for row in kept(out).values() if row["url"] != other)
+    (out / row["file"]).unlink()
+    web.put(row["url"].partition(str(web.port))[2], Answer(status=410))
+    assert run(web, {"cup": ["cup"]}, out).counts == {"cup": 2}
     check_sound(out)
 
 

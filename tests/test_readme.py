@@ -69,6 +69,20 @@ def test_the_duplicates_example_runs(tmp_path, capsys):
     assert len(names["train"]) == 14  # 15 would part a pair
 
 
+def test_the_inventory_example_runs(tmp_path, monkeypatch, capsys):
+    folder = write_photos(tmp_path / "photos", {"blue": 6, "red": 6})
+    monkeypatch.chdir(tmp_path)
+    photos = jaxcls.read_folder(folder)
+    (code,) = (
+        block for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "inventory" in block
+    )
+    train, test = photos.split(0.5, seed=3)
+    names: dict = {"jaxcls": jaxcls, "photos": photos, "train": train, "test": test}
+    exec(code, names)
+    assert capsys.readouterr().out.startswith("12 as before, 0 added")
+    assert (set(names["train"].ids), set(names["test"].ids)) == (set(train.ids), set(test.ids))
+
+
 def test_files_and_commands_exist():
     for path in re.findall(r"`((?:experiments|tests|\.ci)/[\w./]+)`", README):
         assert (ROOT / path).exists(), path

@@ -8,7 +8,6 @@ each like the next, do not all become one group.
 import hashlib
 from collections import defaultdict
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -17,7 +16,7 @@ from jaxcls.data.alignment import SIZE, outlines, similarity, thumbnail
 from jaxcls.data.dataset import Dataset
 from jaxcls.data.hashing import hash_signs, near_pairs
 from jaxcls.errors import ImageError, UsageError
-from jaxcls.progress import show_progress
+from jaxcls.progress import map_threads
 
 MIN_SIMILARITY = 0.92
 """Photos this similar show the same."""
@@ -190,8 +189,7 @@ def _read(dataset: Dataset) -> _Photos:
         is_large[index] = min(photo.size) >= MIN_SIDE
         return hashlib.sha256(repr((photo.size, image.size)).encode() + image.tobytes()).digest()
 
-    with ThreadPoolExecutor() as pool:
-        digests = list(show_progress(pool.map(read, range(len(dataset))), "reading", len(dataset)))
+    digests = list(map_threads(read, len(dataset), "reading"))
     first: dict[bytes, int] = {}
     originals = np.asarray(
         [i if digest is None else first.setdefault(digest, i) for i, digest in enumerate(digests)], np.int32
@@ -240,8 +238,7 @@ def _make_confirm(thumbnails: np.ndarray, directions: np.ndarray | None) -> Conf
 
     def confirm(pairs: Pairs) -> tuple[np.ndarray, np.ndarray]:
         blocks = np.split(pairs, range(BLOCK_SIZE, len(pairs), BLOCK_SIZE))
-        with ThreadPoolExecutor() as pool:
-            compared = list(show_progress(pool.map(compare, blocks), "comparing", len(blocks)))
+        compared = map_threads(lambda number: compare(blocks[number]), len(blocks), "comparing")
         is_same, similarities = map(np.concatenate, zip(*compared, strict=True))
         return is_same, similarities
 

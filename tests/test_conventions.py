@@ -188,8 +188,8 @@ def test_public_api_is_documented(name):
 
 @pytest.mark.parametrize(
     "name",
-    ["read_folder", "scan", "augment_dataset", "load_pretrained", "create_model", "imagenet_classifier", "finetune", "fit_svm",
-     "predict", "make_scorer", "extract_features", "evaluate", "load", "load_program"],
+    ["read_folder", "scan", "augment_dataset", "load_pretrained", "create_model", "imagenet_classifier",
+     "finetune", "fit_svm", "predict", "make_scorer", "extract_features", "evaluate", "load", "load_program"],
 )  # fmt: skip
 def test_public_functions_state_their_errors(name):
     assert "Raises:" in getattr(jaxcls, name).__doc__

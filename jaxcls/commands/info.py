@@ -55,6 +55,7 @@ class Info(PhotoCommand):
                 print(_update_inventory(dataset, self.inventory))
             jaxcls.scan(dataset)
             print("every image can be decoded")
+            dataset = dataset.originals()
             if self.duplicates or self.label_errors:
                 duplicates = find_duplicates(dataset)
                 dataset = replace(dataset, groups=duplicates.groups)

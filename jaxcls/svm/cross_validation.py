@@ -124,6 +124,7 @@ def cross_validate(
     *,
     class_weights: np.ndarray | None = None,
     num_classes: int,
+    is_counted: np.ndarray | None = None,
 ) -> CrossValidation:
     """Train on all folds but one, for each of them and each C, and score the one left out.
 
@@ -134,6 +135,7 @@ def cross_validate(
         C: inverse regularisations to try, rising.
         class_weights: float [K]; the same for all folds.
         num_classes: K.
+        is_counted: bool [N], the samples that the accuracy is of; None: all.
     """
     pairs = [(place, fold) for place in range(len(C)) for fold in range(int(folds.max()) + 1)]
     per_batch = max(1, MAX_CELLS // (len(labels) * num_classes))
@@ -148,7 +150,8 @@ def cross_validate(
             held_out = folds == fold
             margins[place, held_out] = as_columns(_margins(values[held_out], weights))
     is_right = margins.argmax(2) == labels
-    recalls = [is_right[:, labels == label].mean(1) for label in range(num_classes)]
+    counted = labels if is_counted is None else np.where(is_counted, labels, -1)
+    recalls = [is_right[:, counted == label].mean(1) for label in range(num_classes)]
     return CrossValidation(tuple(C), margins, np.mean(recalls, axis=0))
 
 

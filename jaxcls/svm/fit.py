@@ -64,7 +64,7 @@ def fit_svm(
 
     The solver is scikit-learn's liblinear for small sets and `jaxcls.svm.solver.LinearSVC` for others, which
     minimises the same objective. Cross-validation, for whatever asks for it, is on this dataset alone; photos
-    of one group stay in one fold.
+    of one group stay in one fold, and augmented copies are not counted.
 
     Args:
         dataset: the training photos.
@@ -133,8 +133,21 @@ def fit_svm(
     if is_tested:
         folds = make_folds(labels, num_folds, classes=dataset.classes, groups=dataset.groups, seed=seed)
         tried = (float(C),) if C != "cv" else candidates(values)
-        tests = cross_validate(values, labels, folds, tried, class_weights=weights, num_classes=num_classes)
-        C, held_out = tests.C[tests.best], _HeldOut(tests.margins[tests.best], labels, folds)
+        is_counted = ~dataset.is_copy  # copies are trained on, and say nothing new of what was held out
+        tests = cross_validate(
+            values,
+            labels,
+            folds,
+            tried,
+            class_weights=weights,
+            num_classes=num_classes,
+            is_counted=is_counted,
+        )
+        margins = tests.margins[tests.best]
+        C, held_out = (
+            tests.C[tests.best],
+            _HeldOut(margins[is_counted], labels[is_counted], folds[is_counted]),
+        )
         report(_describe_accuracies(tests, num_folds))
         accuracy = dict(zip(map(str, tests.C), tests.accuracy.tolist(), strict=True))
         provenance["cross_validation"] = {"num_folds": num_folds, "accuracy": accuracy}
@@ -153,7 +166,7 @@ def fit_svm(
         provenance["calibration"] = {"method": calibrate, "error": errors}
     thresholds = None
     if held_out is not None and min_precision is not None:
-        thresholds = choose_thresholds(held_out.scores, labels, min_precision)
+        thresholds = choose_thresholds(held_out.scores, held_out.labels, min_precision)
         report(_describe_thresholds(thresholds, held_out.scores, dataset.classes))
         provenance["min_precision"] = min_precision
     if standardize:

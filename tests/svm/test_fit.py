@@ -12,6 +12,7 @@ from scipy.special import softmax
 from sklearn import calibration
 from sklearn.calibration import CalibratedClassifierCV
 from sklearn.exceptions import ConvergenceWarning
+from sklearn.metrics import balanced_accuracy_score
 from sklearn.model_selection import GridSearchCV, PredefinedSplit, cross_val_predict
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler, normalize
@@ -288,6 +289,27 @@ def test_abstention_has_the_precision_that_was_asked_for(backbone, drawn):
     assert classifier.provenance["min_precision"] == 0.95
     assert f"thresholds that leave {is_answer.mean():.1%} of the images an answer" in said
     assert classifier.head.kind == "margin"
+
+
+@pytest.mark.usefixtures("_tight")
+def test_augmented_copies_are_trained_on_and_not_counted(backbone, monkeypatch):
+    """By scikit-learn's machines, held out with groups of copies and originals."""
+    originals, values = points()
+    values = np.concatenate([values, values + np.random.default_rng(1).normal(0, 0.5, values.shape)])
+    values, labels = values.astype(np.float32), np.tile(originals.labels, 2)
+    ids, origins = [*originals.ids, *(f"{own}~" for own in originals.ids)], [""] * 90 + [*originals.ids]
+    source = MemorySource([np.zeros((8, 8, 3), np.uint8)] * 180)
+    dataset = Dataset("copies", originals.classes, labels, ids, source, origins=origins)
+    monkeypatch.setattr(fit, "features_of", lambda backbone, dataset, *_, **__: (dataset, values))
+    folds, split = split_of(dataset)
+    np.testing.assert_array_equal(folds[:90], folds[90:])
+    held_out = cross_val_predict(margin_machine(), values, labels, cv=split, method="decision_function")
+    classifier = fit_svm(dataset, backbone, C=0.05, min_precision=0.95, num_folds=3)
+    expected = choose_thresholds(held_out[:90], labels[:90], 0.95)
+    np.testing.assert_allclose(classifier.head.thresholds, expected, atol=5e-3)
+    assert np.abs(choose_thresholds(held_out, labels, 0.95) - expected).max() > 0.05
+    (accuracy,) = classifier.provenance["cross_validation"]["accuracy"].values()
+    assert accuracy == pytest.approx(balanced_accuracy_score(labels[:90], held_out[:90].argmax(1)), abs=1e-6)
 
 
 def test_a_class_that_is_never_right_never_answers(backbone, drawn):

@@ -49,16 +49,19 @@ class AnnotationPage {
     this.photos.listen((news) => this.hear(news));
     this.choose(Number(saved.get("page") ?? 1) - 1);
     document.addEventListener("keydown", (event) => this.press(event));
+    for (const kind of ["pointerdown", "keydown"]) {
+      document.addEventListener(kind, () => (this.isPointing = kind === "pointerdown"), { capture: true });
+    }
     setInterval(() => this.syncInBackground(), SYNC_MILLISECONDS);
   }
 
   build(root, saved) {
     const { photos } = this;
-    this.filter = element("select", { onchange: () => this.choose() });
+    this.filter = element("select", { onchange: () => this.chooseAnew() });
     this.fillFilter();
     this.filter.value = saved.get("filter") ?? "all";
     if (this.filter.value === "") this.filter.value = "all";
-    this.order = choice(Object.entries(PHOTO_ORDERS).map(([key, [text]]) => [key, text]), { onchange: () => this.choose() });
+    this.order = choice(Object.entries(PHOTO_ORDERS).map(([key, [text]]) => [key, text]), { onchange: () => this.chooseAnew() });
     this.order.querySelector("[value=doubt]").disabled = photos.doubts === null;
     this.order.querySelector("[value=lead]").disabled = photos.leads === null;
     const order = this.order.querySelector(`[value=${CSS.escape(saved.get("order") ?? "name")}]:enabled`);
@@ -127,6 +130,12 @@ class AnnotationPage {
     this.turn(page);
   }
 
+  // After a click the keys belong to the photos; who uses keys to choose may not have chosen yet.
+  async chooseAnew() {
+    await this.choose();
+    if (this.isPointing) this.focusCurrent();
+  }
+
   resize() {
     const first = this.page * this.pageSize;
     this.pageSize = Number(this.size.value);
@@ -167,7 +176,7 @@ class AnnotationPage {
     const label = this.makeLabelChoice(() => id, { "aria-label": `Label of ${id}` });
     const zoom = button("⤢", () => this.openZoom(place), { class: "zoom", "aria-label": `Zoom ${id}` });
     const hint = element("div", { class: "caption muted" });
-    const node = element("li", { class: "photo" }, picture, zoom,
+    const node = element("li", { class: "photo", onfocusin: () => this.makeCurrent(place) }, picture, zoom,
       element("div", { class: "caption" }, nameElement(id.slice(id.lastIndexOf("/") + 1), { title: id })), label, hint);
     return { node, picture, label, zoom, hint };
   }
@@ -182,7 +191,10 @@ class AnnotationPage {
       control.value = label;
     };
     const control = element("select", { ...attributes, onpointerdown: fillIn, onfocus: fillIn,
-      onchange: () => this.photos.edit([photo()], control.value) });
+      onchange: () => {
+        this.photos.edit([photo()], control.value);
+        if (this.isPointing && !this.zoom.node.open) this.focusCurrent();
+      } });
     return control;
   }
 
@@ -326,6 +338,12 @@ class AnnotationPage {
     if (!this.zoom.node.open) this.focusCurrent();
   }
 
+  makeCurrent(place) {
+    if (place === this.current) return;
+    this.current = place;
+    this.draw();
+  }
+
   focusCurrent() {
     this.cells.get(this.onPage[this.current])?.picture.focus();
   }
@@ -336,7 +354,11 @@ class AnnotationPage {
   }
 
   press(event) {
-    if (event.defaultPrevented || event.altKey || this.help.open || isTyping(event.target)) return;
+    if (event.defaultPrevented || event.altKey || this.help.open) return;
+    if (isTyping(event.target)) {
+      if (event.key === "Escape" && !this.zoom.node.open) this.focusCurrent();
+      return;
+    }
     const { photos, zoom, columns } = this;
     const isUndo = (event.ctrlKey || event.metaKey) && event.key.toLowerCase() === "z";
     if ((event.ctrlKey || event.metaKey) && !isUndo) return;

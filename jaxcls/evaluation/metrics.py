@@ -298,6 +298,10 @@ class Evaluation:
         M = len(self.weights)
         return replace(self, weights=np.bincount(generator.integers(0, M, M), minlength=M))
 
+    @cached_property
+    def _numbers(self) -> dict[str, tuple[float, Interval | None]]:
+        return _resampled_numbers(self)
+
     def _ordered(self, class_name: str | None) -> tuple[Order, NDArray[np.int64]]:
         if class_name is None:
             return self.answers.order(None), np.repeat(self.weights, len(self.classes))
@@ -398,8 +402,12 @@ def numbers(evaluation: Evaluation) -> dict[str, tuple[float, Interval | None]]:
     """The numbers that `NUMBERS` names, each with its 95 % interval.
 
     Without those of probabilities where the scores are margins; without intervals of those that depend on
-    scores where these are more than `MAX_RESAMPLED`.
+    scores where these are more than `MAX_RESAMPLED`. Asked again, it does not resample again.
     """
+    return dict(evaluation._numbers)
+
+
+def _resampled_numbers(evaluation: Evaluation) -> dict[str, tuple[float, Interval | None]]:
     scores = evaluation.answers.scores
     is_margin = evaluation.answers.kind == "margin"
     chosen = {name: f for name, f in NUMBERS.items() if not (is_margin and name in OF_PROBABILITIES)}

@@ -97,7 +97,7 @@ class Desk:
         self._pool = ThreadPoolExecutor(os.cpu_count())
         self._pictures = Pictures(CACHE_BYTES)
         self._twins = Twins()
-        self._listed()
+        self.state()
 
     def page(self) -> Page:
         """What `app.serve_page` serves."""
@@ -129,8 +129,8 @@ class Desk:
         labels = self.annotations.labels(ids)
         folders = [self.annotations.folder_label(photo) for photo in ids]
         hinted = {*self.hints.suggested.values(), *self.hints.predicted.values()}
-        classes = sorted({*labels, *folders, *hinted} - {TRASH, NO_LABEL})
-        names = [NO_LABEL, TRASH, *classes]
+        self._classes = {*labels, *folders, *hinted} - {TRASH, NO_LABEL}
+        names = [NO_LABEL, TRASH, *sorted(self._classes)]
         number = {name: position for position, name in enumerate(names)}
         return {
             "title": self.title,
@@ -187,7 +187,9 @@ class Desk:
             raise RequestError(404, f"{unknown[0]!r} is no photo here: load the page again")
         self._check_new_classes({change.after for change in changes} - {TRASH, NO_LABEL})
         try:
-            return self._answer(self.annotations.edit(changes))
+            edit = self.annotations.edit(changes)
+            self._classes |= {change.after for change in changes} - {TRASH, NO_LABEL}
+            return self._answer(edit)
         except ConflictError as error:
             return JSONResponse({"error": str(error), "present": error.present}, 409)
         except UsageError as error:
@@ -196,11 +198,8 @@ class Desk:
             raise RequestError(500, str(error)) from error
 
     def _check_new_classes(self, labels: set[str]) -> None:
-        known = set(self.annotations.labels(self._position)) | set(
-            map(self.annotations.folder_label, self._position)
-        )
-        folded = {_fold(name): name for name in known}
-        for label in labels - known - set(self.hints.predicted.values()):
+        folded = {_fold(name): name for name in self._classes}
+        for label in labels - self._classes:
             if problem := label_problem(label):
                 raise RequestError(400, f"{label!r} cannot be a class: it {problem}")
             if other := folded.get(_fold(label)):

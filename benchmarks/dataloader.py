@@ -16,7 +16,7 @@ from benchmarks.photos import (
     pillow_view,
     workers_of,
 )
-from benchmarks.timing import Program
+from benchmarks.timing import Program, SubjectError
 from benchmarks.worker import Task
 
 
@@ -44,7 +44,9 @@ def input_pipeline(task: Task) -> Program:
 
 
 def to_device(task: Task) -> Program:
-    """The same batches, on a GPU if there is one: on a CPU they are there already."""
+    """The same batches on a GPU."""
+    if not torch.cuda.is_available():
+        raise SubjectError("left out: on a CPU its batches are on the device already")
     return input_pipeline(task)
 
 
@@ -54,7 +56,7 @@ def _reading(task: Task, load: Callable[[int], np.ndarray]) -> Program:
 
 @contextmanager
 def _stream(task: Task, load: Callable[[int], np.ndarray]) -> Iterator[Iterator[torch.Tensor]]:
-    uses_gpu = task.work == "to_device" and torch.cuda.is_available()
+    uses_gpu = task.work == "to_device"
     loader = DataLoader(
         Positions(load), task.batch_size, num_workers=workers_of(task.subject), pin_memory=uses_gpu
     )

@@ -5,37 +5,37 @@
 resized once.
 """
 
-from dataclasses import replace
-
 from benchmarks.peers import OURS, framework_of
 from benchmarks.session import Session, main
-from benchmarks.worker import Task
 
 PHOTO_SIDES = (500, 1500, 3000)
 TINY_PHOTO_SIDES = (100,)
-RECORD_SIDES = (100, 500, 1500)
-RECORD_WORKS = ("read_records", "read_resized_records")
+RECORDS = {
+    100: ("read_records", "read_resized_records"),
+    500: ("read_records", "read_resized_records"),
+    1500: ("read_resized_records",),
+}
+"""Side of the photos -> works that read them from records."""
 PARTS = ("decode", "to_device")
+MOST = ("jaxcls-0", "jaxcls-max", "dataloader-0", "dataloader-max", "grain-0", "grain-max", "tfdata")
 LEAST = ("jaxcls-0", "jaxcls-max", "dataloader-max")
-"""Of the subjects, those that read large photos, too."""
+"""Of the subjects, those that do the parts, and those that read large photos and records."""
 
 
 def run(session: Session) -> None:
     """A group for each size of photos, made on the spot, then one for each part of the work."""
     sides = TINY_PHOTO_SIDES if session.settings.tiny else PHOTO_SIDES
     subjects = session.subjects("input_pipeline")
+    most, least = (session.settings.peer or few for few in (MOST, LEAST))
     for side in sides:
-        chosen = subjects if side == sides[0] or session.settings.peer else LEAST
+        chosen = subjects if side == sides[0] else least
         tasks = [session.task("input_pipeline", subject, photo_side=side) for subject in chosen]
-        session.compare("input_pipeline", tasks + _from_records(tasks))
-    for work in PARTS:
-        tasks = [session.task(work, subject, photo_side=sides[0]) for subject in subjects]
+        ours = [subject for subject in least if framework_of(subject) == OURS]
+        tasks += [session.task(work, s, photo_side=side) for work in RECORDS.get(side, ()) for s in ours]
         session.compare("input_pipeline", tasks)
-
-
-def _from_records(tasks: list[Task]) -> list[Task]:
-    ours = [t for t in tasks if framework_of(t.subject) == OURS and t.photo_side in RECORD_SIDES]
-    return [replace(task, work=work) for work in RECORD_WORKS for task in ours]
+    for work in PARTS:
+        tasks = [session.task(work, subject, photo_side=sides[0]) for subject in most]
+        session.compare("input_pipeline", tasks)
 
 
 if __name__ == "__main__":

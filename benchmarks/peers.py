@@ -66,7 +66,6 @@ DEFAULTS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
             "dataloader-1",
             "dataloader-max",
             "grain-0",
-            "grain-1",
             "grain-max",
             "tfdata",
         ),

@@ -288,7 +288,7 @@ def _goals() -> list[Goal]:
     add(question, "gpu", text, against_peers, ratio=2.0, least=7000.0, photo_side=500, **how_read)
     for side, work, what, ratio in (
         (500, "read_records", "the same files", 1.0),
-        (500, "read_resized_records", "resized once to 256 px", 1.3),
+        (500, "read_resized_records", "resized once to 256 px", 1.2),
         (1500, "read_resized_records", "resized once to 256 px", 3.0),
     ):
         question, text = f"from ArrayRecord, JPEGs of {side} px, {what}", f"≥ {ratio:g}x the folder"

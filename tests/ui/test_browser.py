@@ -10,9 +10,10 @@ from examples import HOSTILE, make_photos, make_predictions, unreadable, write_e
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import Select
+from sklearn.metrics import f1_score
 
 from jaxcls.evaluation.metrics import evaluate
-from jaxcls.evaluation.thresholds import are_below
+from jaxcls.evaluation.thresholds import ALWAYS, are_below
 
 pytestmark = pytest.mark.browser
 
@@ -236,6 +237,24 @@ def test_chosen_thresholds_become_a_command(page, predictions):
     assert f"{right.sum()} of {kept.sum()}" in find(page, ".effect").text
     find_all(page, ".choices ul button")[0].click()
     assert "cup" not in find(page, ".command").text
+
+
+def test_the_slider_begins_at_a_stored_threshold_else_where_f1_is_best(driver, tmp_path):
+    photos = make_photos(60)
+    predictions = make_predictions(photos)
+    stored = np.asarray([1.5, ALWAYS, ALWAYS], np.float32)
+    write_example(tmp_path / "report.html", predictions, photos, thresholds=stored)
+    driver.get((tmp_path / "report.html").as_uri())
+    scores, labels = predictions.scores, predictions.labels
+    assert np.float32(find(driver, ".explorer output").text) == scores[scores[:, 0] >= 1.5, 0].min()
+    Select(field(driver, "Class")).select_by_value("2")
+    best = max(scores[:, 2], key=lambda threshold: f1_score(labels == 2, scores[:, 2] >= threshold))
+    shown_f1 = driver.find_element(By.XPATH, "//dt[text()='F1']/following-sibling::dd[1]").text
+    assert shown_f1 == f"{f1_score(labels == 2, scores[:, 2] >= best):.3f}"
+    find(driver, ".explorer-controls button").click()
+    chosen = stored.copy()
+    chosen[2] = np.float32(find(driver, ".explorer output").text)
+    assert f"Answered: {(~are_below(scores, chosen)).sum()} of 60" in find(driver, ".effect").text
 
 
 def test_the_wrong_label_is_shown(page, predictions):

@@ -3,6 +3,9 @@
 import { button, choice, element, formatCount, formatNumber, labelled, nameElement } from "./dom.js";
 import { averagePrecision, CurvePlot, makeCurve, rates, rocArea } from "./curves.js";
 
+// Of a class that has no threshold where others have one: see evaluation/thresholds.py.
+const ALWAYS = -3e38;
+
 // The shortest decimals that are this float32 again.
 export function shortest(value) {
   for (let digits = 1; digits < 9; digits++) {
@@ -38,7 +41,8 @@ export class ThresholdExplorer {
   constructor(results) {
     this.results = results;
     this.chosen = new Map();
-    this.stored = new Map((results.thresholds ?? []).entries());
+    const stored = [...(results.thresholds ?? []).entries()];
+    this.stored = new Map(stored.filter(([, threshold]) => threshold > ALWAYS));
     this.roc = new CurvePlot("ROC curve", "false positive rate", "true positive rate",
       ({ falsePositiveRate, recall }) => [falsePositiveRate, recall], false);
     this.pr = new CurvePlot("Precision-recall curve", "recall", "precision",
@@ -83,8 +87,8 @@ export class ThresholdExplorer {
       : `The curves end at ${shortest(results.floors[label])}: lower scores of this class are not in this file.`;
     this.slider.max = points.length - 1;
     const wanted = this.chosen.get(label) ?? this.stored.get(label) ?? this.bestThreshold();
-    const at = points.findIndex(({ threshold }) => threshold <= wanted);
-    this.slider.value = at < 0 ? 0 : points.length - 1 - at;
+    const at = points.findLastIndex(({ threshold }) => threshold >= wanted);
+    this.slider.value = points.length - 1 - Math.max(0, at);
     this.slide();
   }
 

@@ -19,6 +19,8 @@ import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cache
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -355,12 +357,12 @@ def list_photos(root: str | Path) -> Photos:
     trash = root / TRASH_FOLDER
     if trash.is_dir():
         found += [f"{TRASH_FOLDER}/{photo}" for photo in list_images(trash).images.tolist()]
-    linked: dict[str, bool] = {"": False}
+    is_link = cache(Path.is_symlink)
 
+    @cache
     def is_behind_link(folder: str) -> bool:
-        if folder not in linked:
-            linked[folder] = (root / folder).is_symlink() or is_behind_link(folder.rpartition("/")[0])
-        return linked[folder]
+        parts = accumulate(folder.split("/"), "{}/{}".format) if folder else ()
+        return any(is_link(root / part) for part in parts)
 
     own = tuple(
         photo

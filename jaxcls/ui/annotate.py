@@ -1,5 +1,6 @@
 """The page on which photos are labelled: what `static/annotate.js` asks for, and what it may change."""
 
+import asyncio
 import os
 import threading
 import unicodedata
@@ -31,7 +32,7 @@ from jaxcls.data.duplicates import find_duplicates
 from jaxcls.data.images import MAX_PIXELS
 from jaxcls.data.provenance import label_problem
 from jaxcls.data.source import Source
-from jaxcls.errors import DatasetError, ImageError, RequestError, UsageError
+from jaxcls.errors import ImageError, RequestError, UsageError
 from jaxcls.evaluation.label_errors import LabelErrors
 from jaxcls.predictions import Predictions
 from jaxcls.ui.app import Page, read_json
@@ -194,8 +195,6 @@ class Desk:
             return JSONResponse({"error": str(error), "present": error.present}, 409)
         except UsageError as error:
             raise RequestError(400, str(error)) from error
-        except DatasetError as error:
-            raise RequestError(500, str(error)) from error
 
     def _check_new_classes(self, labels: set[str]) -> None:
         folded = {_fold(name): name for name in self._classes}
@@ -218,8 +217,6 @@ class Desk:
             return self._answer(act(seq))
         except UsageError as error:
             raise RequestError(409, str(error)) from error
-        except DatasetError as error:
-            raise RequestError(500, str(error)) from error
 
     def _answer(self, edit: Edit) -> Response:
         changes = [[change.id, change.after] for change in edit.changes]
@@ -246,8 +243,8 @@ class Desk:
         content = self._pictures.get(key)
         if content is None:
             try:
-                work = self._pool.submit(encode, dataset, position, *size)
-                content = await run_in_threadpool(work.result)
+                loop = asyncio.get_running_loop()
+                content = await loop.run_in_executor(self._pool, encode, dataset, position, *size)
             except ImageError as error:
                 raise RequestError(422, str(error)) from error
             self._pictures.put(key, content)

@@ -8,7 +8,8 @@ A command makes a `Page` and calls `serve_page`; `make_app` is the same without 
 
 `html` is made anew each time that the page is loaded, such as by `page.make_page`, and brings its policy. The
 addresses in it are relative. A request that reaches one of the routes has shown the token and comes from this
-page: they need check neither. What they raise as a `RequestError` becomes JSON with the key "error".
+page: they need check neither. What they raise as a `RequestError` becomes JSON with the key "error" and its
+status; other errors of ours have the status 500.
 """
 
 import getpass
@@ -37,7 +38,7 @@ from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse, Re
 from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from jaxcls.errors import RequestError, UsageError
+from jaxcls.errors import JaxclsError, RequestError, UsageError
 from jaxcls.storage import Storage
 
 MAX_BODY_BYTES = 16 * 2**20
@@ -87,7 +88,7 @@ def make_app(page: Page, token: str) -> Starlette:
     return Starlette(
         routes=[Route("/", show), *page.routes],
         middleware=[Middleware(Guard, token=token)],
-        exception_handlers={RequestError: _refuse, HTTPException: _refuse_http, Exception: _fail},
+        exception_handlers={JaxclsError: _refuse, HTTPException: _refuse_http, Exception: _fail},
     )
 
 
@@ -226,8 +227,7 @@ def _problem(status: int, message: str) -> Response:
 
 
 async def _refuse(request: Request, error: Exception) -> Response:
-    assert isinstance(error, RequestError)
-    return _problem(error.status, str(error))
+    return _problem(error.status if isinstance(error, RequestError) else 500, str(error))
 
 
 async def _refuse_http(request: Request, error: Exception) -> Response:

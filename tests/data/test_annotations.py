@@ -236,6 +236,16 @@ def test_links_are_not_followed(folder):
         annotations.edit([Change("green/0.png", "green", "blue")])
 
 
+def test_the_folder_itself_may_be_a_link(folder):
+    (folder / "loose.png").symlink_to(folder / "blue/0.png")
+    (folder / "own.png").write_bytes((folder / "blue/0.png").read_bytes())
+    (folder.parent / "link").symlink_to(folder)
+    photos = list_photos(folder.parent / "link")
+    assert (len(photos.ids), photos.num_linked) == (7, 1)
+    relabel(Annotations(folder.parent / "link"), "own.png", "red")
+    assert len(read_annotated(folder).image(6)) == 40
+
+
 def test_the_journal_is_not_written_through_a_link(folder):
     outside = folder.parent / "outside"
     outside.mkdir()

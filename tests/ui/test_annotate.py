@@ -366,15 +366,15 @@ def test_many_are_labelled_at_once_with_a_new_class(page):
     )
     assert find(page, ".label-bar .status").text == "4 photos selected"
     press(page, "l")
-    press(page, *"spoon", Keys.ENTER)
-    assert "spoon is a new class: press Enter once more" in find(page, ".label-bar .status").text
+    press(page, *"constructor", Keys.ENTER)
+    assert "constructor is a new class: press Enter once more" in find(page, ".label-bar .status").text
     press(page, Keys.ENTER)
     for number in (3, 5, 7, 9):
-        shows(page, f"{FORK}/{number:02}.jpg", "spoon")
+        shows(page, f"{FORK}/{number:02}.jpg", "constructor")
     assert label_of(page, f"{FORK}/11.jpg") == FORK
-    assert [button.text for button in find_all(page, ".palette button")][2:3] == ["3 spoon"]
+    assert [button.text for button in find_all(page, ".palette button")][2:3] == ["3 constructor"]
     press(page, "a", "3")
-    shows(page, f"{FORK}/59.jpg", "spoon")
+    shows(page, f"{FORK}/59.jpg", "constructor")
     press(page, "z")
     shows(page, f"{FORK}/59.jpg", FORK)
 

@@ -2,10 +2,10 @@
 
 export const NO_LABEL = "/unlabelled";
 export const TRASH = "/trash";
-const TITLES = { [NO_LABEL]: "no label", [TRASH]: "trash" };
+const TITLES = new Map([[NO_LABEL, "no label"], [TRASH, "trash"]]);
 
 export function titleOf(label) {
-  return TITLES[label] ?? label;
+  return TITLES.get(label) ?? label;
 }
 
 async function ask(path, body) {
@@ -36,11 +36,11 @@ export class Labelling {
     this.suggested = named(suggested);
     this.predicted = named(predicted);
     this.places = new Map(this.ids.map((id, i) => [id, i]));
-    names.filter((name) => !(name in TITLES)).forEach((name) => this.addClass(name));
+    names.forEach((name) => this.addClass(name));
   }
 
   addClass(name) {
-    if (!this.classes.includes(name)) this.classes.push(name);
+    if (!this.classes.includes(name) && !TITLES.has(name)) this.classes.push(name);
   }
 
   listen(listener) {
@@ -66,7 +66,7 @@ export class Labelling {
         .map((id) => [id, this.labelOf(id), label]);
       if (changes.length === 0) return;
       const answer = await ask("edit", { changes });
-      if (!(label in TITLES)) this.addClass(label);
+      this.addClass(label);
       await this.follow(answer, `${changes.length === 1 ? changes[0][0] : `${changes.length} photos`}: ${titleOf(label)}`);
     });
   }
@@ -97,6 +97,7 @@ export class Labelling {
     if (state === null) return;
     const before = this.ids.join("\n");
     this.take(state);
+    if (before !== this.ids.join("\n")) this.groups = null;
     this.tell({ changed: this.ids, areOthers: before !== this.ids.join("\n") });
   }
 

@@ -63,8 +63,8 @@ class Annotate(PhotoCommand):
             raise DatasetError(
                 f"{self.data} holds augmented copies: annotate the folder of originals, and augment it again"
             )
-        if photos.num_linked:
-            note(f"{photos.num_linked} images behind links are left out: they may lie outside {self.data}")
+        for line in photos.notes:
+            note(line)
         annotations = Annotations(self.data, unlabelled=self.unlabelled)
         if self.dry_run:
             return self._show_moves(annotations, photos.ids)

@@ -337,23 +337,25 @@ class Photos:
 
     Attributes:
         ids: POSIX paths relative to the folder, in order, those in the trash last.
-        num_linked: images behind links, which are left out: they may lie elsewhere.
+        notes: which images were left out, a line for each reason.
     """
 
     ids: tuple[str, ...]
-    num_linked: int
+    notes: tuple[str, ...] = ()
 
 
 def list_photos(root: str | Path) -> Photos:
     """Every image below `root` that no link leads to, and those in its trash.
 
     Raises:
-        DatasetError: there is no such folder, or it cannot be read.
+        DatasetError: there is no such folder, or it or a folder below it cannot be read.
     """
     root = Path(root)
     if not root.is_dir():
         raise DatasetError(f"{root}: no such folder: give one that holds photos")
-    found = list_images(root).images.tolist()
+    listing = list_images(root)
+    listing.require_whole(root)
+    found = listing.images.tolist()
     trash = root / TRASH_FOLDER
     if trash.is_dir():
         found += [f"{TRASH_FOLDER}/{photo}" for photo in list_images(trash).images.tolist()]
@@ -369,7 +371,11 @@ def list_photos(root: str | Path) -> Photos:
         for photo in found
         if not is_behind_link(photo.rpartition("/")[0]) and not (root / photo).is_symlink()
     )
-    return Photos(own, len(found) - len(own))
+    left_out = {
+        "behind links, which may lead elsewhere": len(found) - len(own),
+        "whose names are not UTF-8": len(listing.not_utf8),
+    }
+    return Photos(own, tuple(f"left out: {count} images {why}" for why, count in left_out.items() if count))
 
 
 def read_annotated(

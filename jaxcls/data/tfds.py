@@ -1,5 +1,7 @@
 """TensorFlow Datasets that are prepared as ArrayRecord, read as a `Dataset` without TensorFlow."""
 
+import json
+import shlex
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -112,10 +114,9 @@ def _find(name: str, data_dir: str | Path | None) -> Any:
     try:
         info = builder_from_files(name, **options).info
     except tfds.core.DatasetNotFoundError as error:
-        flags = "".join(f" --{option}={value}" for option, value in options.items())
         raise DatasetError(
             f"TFDS dataset {name} is not prepared in {data_dir or 'the folder of TFDS'}: where TensorFlow is "
-            f"installed, `tfds build {name} --file_format={FILE_FORMAT}{flags}` prepares it"
+            f"installed, this prepares it: {_prepare(name, data_dir)}"
         ) from error
     except Exception as error:  # of any kind, from damaged descriptions too
         raise DatasetError(
@@ -125,11 +126,17 @@ def _find(name: str, data_dir: str | Path | None) -> Any:
     if FILE_FORMAT not in formats:
         raise DatasetError(
             f"TFDS dataset {name} is prepared as {', '.join(formats)}, which has no random access: where "
-            f"TensorFlow is installed, `tfds convert_format --dataset_version_dir={info.data_dir} "
-            f"--out_file_format={FILE_FORMAT}` adds what is needed"
+            f"TensorFlow is installed, this prepares it in another folder: {_prepare(name, 'FOLDER')}"
         )
     info.set_file_format(FILE_FORMAT, override=True, override_if_initialized=True)
     return info
+
+
+def _prepare(name: str, data_dir: str | Path | None) -> str:
+    """The command that prepares a dataset: Python, since TFDS's own needs more packages than TensorFlow."""
+    where = "" if data_dir is None else f", data_dir={json.dumps(str(data_dir), ensure_ascii=False)}"
+    builder = f'tfds.builder("{name}"{where}, file_format="{FILE_FORMAT}")'
+    return "python -c " + shlex.quote(f"import tensorflow_datasets as tfds; {builder}.download_and_prepare()")
 
 
 def _find_features(info: Any) -> tuple[str, str]:

@@ -7,9 +7,9 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from jaxcls.data.dataset import Dataset
+from jaxcls.data.dataset import ID_DTYPE, Dataset
 from jaxcls.data.source import MemorySource
-from jaxcls.data.splitting import read_split, write_split
+from jaxcls.data.splitting import by_class, read_split, shuffled_units, write_split
 from jaxcls.errors import DatasetError, UsageError
 
 PHOTO = np.zeros((2, 3, 3), np.uint8)
@@ -73,6 +73,27 @@ def test_classes_without_a_free_photo_may_lie_on_one_side():
     assert test.class_counts().tolist() == [0, 0, 5]
     with pytest.raises(DatasetError, match="class c1 has a single image or group"):
         dataset.split(0.5, previous=(ids[:3], ids[5:8]))
+
+
+def test_a_class_that_is_all_tested_on_takes_nothing_from_the_others():
+    """The least that can be trained on is one photo of class 1, and none of class 0."""
+    dataset = make_dataset(*numbered(4, 6))
+    ids = dataset.ids.tolist()
+    train, _ = dataset.split(1, previous=(["gone"], ids[:4]))
+    assert train.class_counts().tolist() == [0, 1]
+    train, _ = dataset.split(9, previous=(["gone"], ids[:4]))
+    assert train.class_counts().tolist() == [0, 5]
+
+
+def test_a_group_counts_to_its_most_frequent_class():
+    """Of a tie, to the first. Positions 0 to 8, in groups of 3, 3, 2 and 1."""
+    labels = np.asarray([0, 2, 2, 1, 1, 0, 2, 1, -1])
+    groups = np.asarray([5, 5, 5, 7, 7, 7, 9, 9, 0])
+    units = shuffled_units(np.asarray([str(i) for i in range(9)], ID_DTYPE), groups, seed=0)
+    strata = by_class(units, labels, ("a", "b", "c"))
+    members = {name: sorted(part.positions.tolist()) for name, part in strata.items()}
+    assert members == {"class c": [0, 1, 2], "class b": [3, 4, 5, 6, 7], "(unlabelled)": [8]}
+    assert sorted(strata["class b"].sizes.tolist()) == [2, 3]
 
 
 def test_a_group_goes_where_one_of_it_is():

@@ -86,7 +86,7 @@ class Annotate(PhotoCommand):
             moves = plan_return(annotations) if self.undo_apply else plan_moves(annotations, ids)
         for move in moves:
             print(_describe(move))
-        print(f"{len(moves)} photos would be moved")
+        print(f"photos that would be moved: {len(moves)}")
         return DONE
 
     def _serve(self, annotations: Annotations, ids: tuple[str, ...]) -> int:
@@ -103,7 +103,7 @@ class Annotate(PhotoCommand):
             desk.close()
         annotations.refresh()
         if moves := plan_moves(annotations, list_photos(self.data).ids):
-            note(f"{len(moves)} photos lie elsewhere than their labels say: --apply moves them")
+            note(f"photos that lie elsewhere than their labels say: {len(moves)}; --apply moves them")
         return DONE
 
     def _find_hints(self, annotations: Annotations, ids: tuple[str, ...]) -> Hints:
@@ -137,7 +137,7 @@ def _report(outcome: Outcome) -> int:
         print(_describe(move))
     for problem in outcome.problems:
         note(f"jaxcls: {problem}")
-    print(f"{len(outcome.moves)} photos moved")
+    print(f"photos moved: {len(outcome.moves)}")
     return FAILED if outcome.problems else DONE
 
 

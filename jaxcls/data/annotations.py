@@ -51,9 +51,8 @@ class ConflictError(DatasetError):
 
     def __init__(self, present: Mapping[str, str | None]) -> None:
         first = next(iter(present), "")
-        super().__init__(
-            f"{len(present)} photos have changed meanwhile, first {first!r}: look at them again, then edit"
-        )
+        more = f" and {len(present) - 1} more" if len(present) > 1 else ""
+        super().__init__(f"changed meanwhile: {first!r}{more}: look at them again, then edit")
         self.present = dict(present)
 
 
@@ -375,7 +374,7 @@ def list_photos(root: str | Path) -> Photos:
         "behind links, which may lead elsewhere": len(found) - len(own),
         "whose names are not UTF-8": len(listing.not_utf8),
     }
-    return Photos(own, tuple(f"left out: {count} images {why}" for why, count in left_out.items() if count))
+    return Photos(own, tuple(f"images {why}, left out: {count}" for why, count in left_out.items() if count))
 
 
 def read_annotated(

@@ -93,7 +93,7 @@ def test_an_edit_against_a_label_that_has_changed_is_refused_whole(folder):
     one, other = Annotations(folder), Annotations(folder)
     one.edit([Change("blue/0.png", "blue", "red")])
     size = (folder / JOURNAL).stat().st_size
-    with pytest.raises(ConflictError, match=r"1 photos .* 'blue/0.png'") as caught:
+    with pytest.raises(ConflictError, match=r"meanwhile: 'blue/0.png': look") as caught:
         other.edit([Change("blue/1.png", "blue", TRASH), Change("blue/0.png", "blue", TRASH)])
     assert caught.value.present == {"blue/0.png": "red"}
     assert (folder / JOURNAL).stat().st_size == size
@@ -227,7 +227,7 @@ def test_links_are_not_followed(folder):
     (folder / "green").symlink_to(outside / "blue")
     (folder / "blue/link.png").symlink_to(outside / "blue/0.png")
     annotations, photos = Annotations(folder), list_photos(folder)
-    assert photos.notes == ("left out: 2 images behind links, which may lead elsewhere",)
+    assert photos.notes == ("images behind links, which may lead elsewhere, left out: 2",)
     assert [photo for photo in photos.ids if "link" in photo or "green" in photo] == []
     for photo in ("green/0.png", "blue/link.png"):
         with pytest.raises(ImageError, match="cannot be read"):

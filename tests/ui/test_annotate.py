@@ -1,9 +1,13 @@
 """`jaxcls annotate`: the command, what the page may ask for, and the page in a real browser."""
 
 import re
+import select
 import signal
+import socket
+import socketserver
 import subprocess
 import sys
+import threading
 import time
 from contextlib import contextmanager
 from io import BytesIO
@@ -85,17 +89,17 @@ def test_it_says_where_the_page_is_and_ends_with_ctrl_c(folder):
         server.send_signal(signal.SIGINT)
         _, errors = server.communicate(timeout=20)
     assert server.returncode == 0
-    assert errors.strip() == "1 photos lie elsewhere than their labels say: --apply moves them"
+    assert errors.strip() == "photos that lie elsewhere than their labels say: 1; --apply moves them"
 
 
 def test_apply_dry_run_and_back(folder, capsys):
     Annotations(folder).edit([Change("blue/0.png", "blue", "red"), Change("red/1.png", "red", TRASH)])
     assert run(folder, "--dry-run") == 0
-    planned = "blue/0.png -> red/0-2.png\nred/1.png -> .jaxcls/trash/red/1.png\n2 photos "
-    assert capsys.readouterr().out == planned + "would be moved\n"
+    planned = "blue/0.png -> red/0-2.png\nred/1.png -> .jaxcls/trash/red/1.png\n"
+    assert capsys.readouterr().out == planned + "photos that would be moved: 2\n"
     assert (folder / "blue/0.png").is_file()
     assert run(folder, "--apply") == 0
-    assert capsys.readouterr().out == planned + "moved\n"
+    assert capsys.readouterr().out == planned + "photos moved: 2\n"
     assert not (folder / "blue/0.png").exists()
     assert run(folder, "--undo-apply", "--dry-run") == 0
     assert ".jaxcls/trash/red/1.png -> red/1.png" in capsys.readouterr().out
@@ -103,7 +107,7 @@ def test_apply_dry_run_and_back(folder, capsys):
     assert (folder / "blue/0.png").is_file()
     capsys.readouterr()
     assert run(folder, "--undo-apply") == 0
-    assert capsys.readouterr().out == "0 photos moved\n"
+    assert capsys.readouterr().out == "photos moved: 0\n"
 
 
 def test_photos_that_cannot_be_moved_make_it_fail(folder, capsys):
@@ -425,7 +429,45 @@ def test_zoom_and_label_there(page):
     wait_for(lambda: not find(page, ".zoomed").is_displayed())
 
 
+@contextmanager
+def forwarded(port: int):
+    """Another port that leads to this one, as `ssh -L` makes one: yields its number."""
+
+    class Forward(socketserver.BaseRequestHandler):
+        def handle(self) -> None:
+            with socket.create_connection(("127.0.0.1", port)) as other:
+                ends = {self.request: other, other: self.request}
+                while True:
+                    for end in select.select(list(ends), [], [])[0]:
+                        data = end.recv(65536)
+                        if not data:
+                            return
+                        ends[end].sendall(data)
+
+    class Server(socketserver.ThreadingTCPServer):
+        daemon_threads = True
+        block_on_close = False
+
+    with Server(("127.0.0.1", 0), Forward) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server.server_address[1]
+        server.shutdown()
+
+
 @pytest.mark.browser
+@pytest.mark.slow
+def test_it_works_through_a_forwarded_port(driver, folder):
+    with annotating(folder) as (_, address), forwarded(urlsplit(address).port) as port:
+        driver.get(address.replace(str(urlsplit(address).port), str(port)).replace("127.0.0.1", "localhost"))
+        wait_for(lambda: find_all(driver, ".photo"))
+        press(driver, "2")
+        shows(driver, "blue/0.png", "red")
+        assert Annotations(folder).label("blue/0.png") == "red"
+        driver.get("about:blank")
+
+
+@pytest.mark.browser
+@pytest.mark.slow
 def test_what_another_page_did_is_not_overwritten(page, many):
     name = f"{FORK}/01.jpg"
     Annotations(many).edit([Change(name, FORK, NO_LABEL)])

@@ -138,6 +138,26 @@ def test_a_file_that_comes_to_the_place_meanwhile_is_not_overwritten(folder, mon
     assert plan(annotations) == (Move("blue/0.png", "green/0-2.png"),)
 
 
+def test_a_file_that_comes_while_a_batch_is_interrupted_is_not_taken_for_the_photo(folder, monkeypatch):
+    annotations = relabel(folder, {"blue/0.png": "green", "blue/1.png": "green"})
+    photo = (folder / "blue/0.png").read_bytes()
+
+    def interrupt(tree, source, target):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Tree, "link", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            apply(annotations)
+    (folder / "green").mkdir()
+    (folder / "green/0.png").write_bytes(b"somebody else's")
+    outcome = finish_moves(Annotations(folder))
+    assert outcome.problems == ("blue/0.png -> green/0.png: another file has come there: plan anew",)
+    assert outcome.moves == (Move("blue/1.png", "green/1.png"),)
+    assert (folder / "green/0.png").read_bytes() == b"somebody else's"
+    assert (folder / "blue/0.png").read_bytes() == photo
+
+
 def test_photos_that_went_meanwhile_are_told_of_and_the_others_moved(folder):
     annotations = relabel(folder, {"blue/0.png": "red", "blue/1.png": "red"})
     ids = list_photos(folder).ids

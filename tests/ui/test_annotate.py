@@ -473,7 +473,7 @@ def test_what_another_page_did_is_not_overwritten(page, many):
     Annotations(many).edit([Change(name, FORK, NO_LABEL)])
     press(page, "2")
     wait_for(lambda: "changed meanwhile" in find(page, ".label-bar .status").text)
-    shows(page, name, NO_LABEL)
+    assert label_of(page, name) == NO_LABEL
     page.get_log("browser")  # the browser itself writes 409 down
 
 

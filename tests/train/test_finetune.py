@@ -15,6 +15,7 @@ from jaxcls.classifier import load
 from jaxcls.data.dataset import Dataset
 from jaxcls.data.folder import read_folder
 from jaxcls.data.source import MemorySource
+from jaxcls.data.splitting import read_split
 from jaxcls.errors import DatasetError, TrainingError, UsageError
 from jaxcls.scoring import make_scorer, predict
 from jaxcls.train.config import FinetuneConfig
@@ -174,11 +175,12 @@ def test_the_run_folder(run, photos):
     names = {path.name for path in result.run_dir.iterdir()}
     events = {name for name in names if name.startswith("events.out.tfevents")}
     assert len(events) == 1
-    expected = {"config.json", "test_ids.txt", "metrics.jsonl", "accuracy.png", "checkpoints", "classifier"}
-    assert names - events == expected
-    ids = (result.run_dir / "test_ids.txt").read_text(encoding="utf-8").split("\n")[:-1]
-    assert set(ids) <= set(photos.ids)
-    assert len(ids) == result.history[0]["eval_num_seen"]
+    files = {"config.json", "train_ids.txt", "test_ids.txt", "metrics.jsonl", "accuracy.png"}
+    assert names - events == {*files, "checkpoints", "classifier"}
+    train_ids, test_ids = read_split(result.run_dir)
+    assert {*train_ids, *test_ids} <= set(photos.ids)
+    assert not set(train_ids) & set(test_ids)
+    assert len(test_ids) == result.history[0]["eval_num_seen"]
     rows = [json.loads(line) for line in (result.run_dir / "metrics.jsonl").read_text().splitlines()]
     assert rows == [{k: v for k, v in row.items() if k != "images_per_second"} for row in result.history]
     written = json.loads((result.run_dir / "config.json").read_text())

@@ -29,7 +29,7 @@ from functools import cache
 from importlib.metadata import version
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import unquote, unquote_plus
 
 import httpx2
 
@@ -143,7 +143,7 @@ async def fetch_json(
         url: the service's address.
         params: the query. Neither it nor the headers are in an error.
         headers: fields of the request.
-        secrets: what is blotted out where an error quotes the service.
+        secrets: where the service's words hold one, no error quotes them.
         guard: as for `fetch`.
 
     Raises:
@@ -172,7 +172,7 @@ def read_retry_after(value: str) -> float:
         return float(value)
     try:
         return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
-    except ValueError:
+    except (ValueError, OverflowError):
         return 0.0
 
 
@@ -355,9 +355,9 @@ def _words(answer: Any) -> str:
 
 
 def _blot_out(words: str, secrets: Collection[str]) -> str:
-    for secret in secrets:
-        words = words.replace(secret, "***").replace(quote(secret, safe=""), "***")
-    return words
+    """`words`, or asterisks where a secret is in there, however it is spelt."""
+    spellings = (words, unquote(words), unquote_plus(words))
+    return "***" if any(secret in spelling for secret in secrets for spelling in spellings) else words
 
 
 _TRANSIENT = frozenset({408, 425, 429, 500, 502, 503, 504})

@@ -9,7 +9,8 @@ of your own is a class like those here:
 
         async def search(self, query, number, ask):
             answer = await ask("https://museum.example/search", {"q": query, "page": str(number)})
-            return Page(tuple(Found(item["image"], author=item["artist"]) for item in answer["items"]))
+            items = answer.get("items", [])
+            return ResultPage(tuple(Found(item["image"], author=item.get("artist") or "") for item in items))
 """
 
 from collections.abc import Mapping
@@ -32,6 +33,9 @@ class Found:
         author: who made it.
         licence: its name, such as "CC BY-SA 4.0".
         licence_url: where the licence is stated.
+
+    Raises:
+        UsageError: one of them is no text, such as None.
     """
 
     url: str
@@ -41,9 +45,14 @@ class Found:
     licence: str = ""
     licence_url: str = ""
 
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if not isinstance(value, str):
+                raise UsageError(f'{name} of an image is {value!r}: give a text, "" where it is unknown')
+
 
 @dataclass(frozen=True)
-class Page:
+class ResultPage:
     """A page of results, the best first, and whether it is known to be the last."""
 
     found: tuple[Found, ...]
@@ -94,7 +103,7 @@ class Provider(Protocol):
     def interval_seconds(self) -> float:
         """Shortest time between the starts of two requests."""
 
-    async def search(self, query: str, number: int, ask: Ask) -> Page:
+    async def search(self, query: str, number: int, ask: Ask) -> ResultPage:
         """Page `number`, from 0, of what is found for `query`.
 
         Raises:
@@ -113,7 +122,7 @@ class Openverse:
     interval_seconds: float = 3.0
     name: str = "openverse"
 
-    async def search(self, query: str, number: int, ask: Ask) -> Page:
+    async def search(self, query: str, number: int, ask: Ask) -> ResultPage:
         """As `Provider.search`."""
         params = {"q": query, "page": str(number + 1), "page_size": str(_OPENVERSE_RESULTS)}
         answer = await ask(self.url, params)
@@ -131,7 +140,7 @@ class Openverse:
         num_pages = answer.get("page_count")
         num_pages = num_pages if isinstance(num_pages, int) else _OPENVERSE_PAGES
         # Beyond the last page it answers 401, as if a key were wrong.
-        return Page(found, is_last=number + 1 >= min(num_pages, _OPENVERSE_PAGES))
+        return ResultPage(found, is_last=number + 1 >= min(num_pages, _OPENVERSE_PAGES))
 
 
 _OPENVERSE_RESULTS, _OPENVERSE_PAGES = 20, 12
@@ -146,7 +155,7 @@ class Brave:
     interval_seconds: float = 1.0
     name: str = "brave"
 
-    async def search(self, query: str, number: int, ask: Ask) -> Page:
+    async def search(self, query: str, number: int, ask: Ask) -> ResultPage:
         """As `Provider.search`; there is one page."""
         try:
             answer = await ask(self.url, {"q": query, "count": "200"}, {"X-Subscription-Token": self.key})
@@ -158,7 +167,7 @@ class Brave:
             Found(url=_text(item, "properties", "url"), page=_text(item, "url"), title=_text(item, "title"))
             for item in _items(self.url, answer, "results")
         )
-        return Page(found, is_last=True)
+        return ResultPage(found, is_last=True)
 
 
 @dataclass(frozen=True)
@@ -170,13 +179,13 @@ class SerpApi:
     interval_seconds: float = 1.0
     name: str = "serpapi"
 
-    async def search(self, query: str, number: int, ask: Ask) -> Page:
+    async def search(self, query: str, number: int, ask: Ask) -> ResultPage:
         """As `Provider.search`."""
         params = {"engine": "google_images", "q": query, "ijn": str(number), "safe": "active"}
         answer = await ask(self.url, {**params, "api_key": self.key})
         # The end of the results is an error, among others that are none.
         if "hasn't returned any results" in _text(answer, "error"):
-            return Page((), is_last=True)
+            return ResultPage((), is_last=True)
         found = tuple(
             Found(
                 url=_text(item, "original"),
@@ -186,7 +195,7 @@ class SerpApi:
             )
             for item in _items(self.url, answer, "images_results")
         )
-        return Page(found)
+        return ResultPage(found)
 
 
 def _items(url: str, answer: Any, name: str) -> list[Any]:
@@ -213,13 +222,15 @@ class Searcher:
     """Asks a provider: one request at a time, again where that may help, no more once a quota is used up."""
 
     def __init__(self, provider: Provider, limits: Limits, guard: Guard) -> None:
+        if not isinstance(provider.name, str):
+            raise UsageError(f"name of a search provider is {provider.name!r}: give a text")
         self._provider, self._guard = provider, guard
         self._pacer = Pacer(
             replace(limits, num_requests=1, num_per_host=1, interval_seconds=provider.interval_seconds)
         )
         self._spent: DownloadError | None = None
 
-    async def search(self, query: str, number: int) -> Page:
+    async def search(self, query: str, number: int) -> ResultPage:
         """Page `number`, from 0, of what is found for `query`, what is no http(s) URL left out.
 
         Raises:
@@ -228,12 +239,15 @@ class Searcher:
         """
         try:
             page = await self._provider.search(query, number, self._ask)
+            return replace(page, found=tuple(found for found in page.found if is_url(found.url)))
         except DownloadError as error:
             if error.status not in REFUSED:
                 raise
             reason = f"{error.reason}: check the key of {self._provider.name}, or ask another provider"
             raise DownloadError(error.url, reason, status=error.status) from error.__cause__
-        return replace(page, found=tuple(found for found in page.found if is_url(found.url)))
+        except Exception as error:  # a provider of the user's own may do anything
+            reason = f"its search raised {type(error).__name__}: {error}"
+            raise DownloadError(self._provider.name, reason) from error
 
     async def _ask(
         self, url: str, params: Mapping[str, str | Key], headers: Mapping[str, str | Key] = _NO_HEADERS

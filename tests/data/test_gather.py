@@ -21,7 +21,7 @@ from jaxcls.cli import main
 from jaxcls.data.duplicates import find_duplicates
 from jaxcls.data.folder import read_folder
 from jaxcls.data.gather import PARTIAL, gather, read_queries
-from jaxcls.data.image_search import Brave, Found, Key, Openverse, Page, SerpApi
+from jaxcls.data.image_search import Brave, Found, Key, Openverse, ResultPage, SerpApi
 from jaxcls.data.images import decode
 from jaxcls.data.provenance import PROVENANCE
 from jaxcls.errors import DatasetError, DownloadError, UsageError
@@ -166,12 +166,41 @@ def test_a_provider_of_ones_own(web, out):
 
         async def search(self, query, number, ask):
             answer = await ask(web.url("/museum"), {"q": query})
-            return Page(tuple(Found(url, author="Rembrandt") for url in answer["works"]))
+            return ResultPage(tuple(Found(url, author="Rembrandt") for url in answer["works"]))
 
     gathered = run(web, {"cup": ["cup"]}, out, provider=Museum())
     assert gathered.counts == {"cup": 5}
     assert {(row["provider"], row["author"]) for row in rows(out)} == {("museum", "Rembrandt")}
     assert len(web.asked("/museum")) == 2  # it never says that a page is the last
+
+
+@pytest.mark.parametrize(
+    ("mistake", "reason"),
+    [
+        (lambda answer: ResultPage((Found(answer["works"][0], author=None),)), "author of an image is None"),
+        (lambda answer: ResultPage((Found(answer["artist"]),)), "raised KeyError: 'artist'"),
+        (lambda answer: None, "raised AttributeError"),
+        (lambda answer: ResultPage((5,)), "raised AttributeError"),
+    ],
+    ids=["author", "key", "no page", "no image"],
+)  # fmt: skip
+def test_mistakes_of_a_provider_of_ones_own_are_failures(mistake, reason, web, out):
+    urls = web.put_pictures(5)
+    web.put("/museum", json.dumps({"works": urls[:4]}).encode())
+
+    class Museum:
+        name = "museum"
+        interval_seconds = 0.0
+
+        async def search(self, query, number, ask):
+            return mistake(await ask(web.url("/museum"), {"q": query}))
+
+    for _ in range(2):  # nothing that the second run cannot read
+        gathered = run(web, {"cup": ["some cups", urls[4]]}, out, provider=Museum())
+        assert gathered.counts == {"cup": 1}
+        (failure,) = gathered.failures
+        assert str(failure).startswith("cup, 'some cups': museum: its search ")
+        assert reason in failure.reason
 
 
 def test_where_an_event_loop_is_running_as_in_notebooks(web, out):

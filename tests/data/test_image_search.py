@@ -3,18 +3,21 @@
 import asyncio
 import random
 from contextlib import suppress
+from dataclasses import replace
 
 import pytest
 from scripted_providers import NO_RESULTS
 
-from jaxcls.data.image_search import Brave, Found, Key, Openverse, Page, SerpApi
+from jaxcls.data.download import PUBLIC
+from jaxcls.data.image_search import Brave, Found, Key, Openverse, ResultPage, Searcher, SerpApi
+from jaxcls.data.pacing import POLITE
 from jaxcls.errors import DownloadError, UsageError
 
 KEY = Key("0123456789abcdef")
 PROVIDERS = [Openverse(), Brave(KEY), SerpApi(KEY)]
 
 
-def search(provider, answer, number: int = 0) -> tuple[Page, tuple]:
+def search(provider, answer, number: int = 0) -> tuple[ResultPage, tuple]:
     """The page that a provider makes of an answer, and what it asked."""
     asked = []
 
@@ -69,7 +72,9 @@ def test_brave():
         "https://api.search.brave.com/res/v1/images/search", {"q": "blue cup", "count": "200"}
     )  # fmt: skip
     assert headers == {"X-Subscription-Token": KEY}
-    assert page == Page((Found("https://a.example/b", "https://shop.example/cups", "Cups"),), is_last=True)
+    assert page == ResultPage(
+        (Found("https://a.example/b", "https://shop.example/cups", "Cups"),), is_last=True
+    )
 
 
 def test_serpapi():
@@ -85,8 +90,10 @@ def test_serpapi():
         "api_key": KEY,
     }
     licence = "https://creativecommons.org/licenses/by/4.0/"
-    assert page == Page((Found("https://a.example/b", "https://shop.example", "Cup", licence_url=licence),))
-    assert search(SerpApi(KEY), {"error": NO_RESULTS})[0] == Page((), is_last=True)
+    assert page == ResultPage(
+        (Found("https://a.example/b", "https://shop.example", "Cup", licence_url=licence),)
+    )
+    assert search(SerpApi(KEY), {"error": NO_RESULTS})[0] == ResultPage((), is_last=True)
 
 
 @pytest.mark.parametrize("provider", PROVIDERS, ids=lambda provider: provider.name)
@@ -120,6 +127,17 @@ def test_answers_of_any_shape_are_pages_or_errors(provider):
         isinstance(value, str) for page in pages for found in page.found for value in vars(found).values()
     )
     assert len(pages) > 10
+
+
+@pytest.mark.parametrize("name", ["url", "page", "title", "author", "licence", "licence_url"])
+def test_what_is_known_of_an_image_is_text(name):
+    with pytest.raises(UsageError, match=f"^{name} of an image is None: give a text"):
+        Found(**{"url": "https://a.example/b", name: None})
+
+
+def test_a_provider_has_a_name():
+    with pytest.raises(UsageError, match="name of a search provider is None"):
+        Searcher(replace(Openverse(), name=None), POLITE, PUBLIC)
 
 
 @pytest.mark.parametrize("value", ["", " ", "two words", "line\nend", "schl\u00fcssel", "\x00"])

@@ -22,7 +22,15 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AsyncExitStack, aclosing, asynccontextmanager, contextmanager, suppress
+from contextlib import (
+    AbstractAsyncContextManager,
+    AsyncExitStack,
+    aclosing,
+    asynccontextmanager,
+    contextmanager,
+    nullcontext,
+    suppress,
+)
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from functools import cache
@@ -111,16 +119,43 @@ async def fetch(url: str, guard: Guard = PUBLIC) -> bytes:
         DownloadError: the URL, or one that it redirects to, is refused, fails, exceeds the guard's limits, or
             brings something else.
     """
-    with _download_errors(url, guard):
-        async with asyncio.timeout(guard.seconds):
-            location, here = url, httpx2.URL()
-            for _ in range(guard.max_redirects + 1):
-                here = _check(location, here, guard)
-                async with _get(here, guard, _PICTURES) as response:
-                    if not response.has_redirect_location:
-                        return await _read_image(response, guard)
-                    location = response.headers["location"]
-            raise DownloadError("", f"more than {guard.max_redirects} redirects")
+    async with fetched(url, guard) as image:
+        return image
+
+
+@asynccontextmanager
+async def fetched(
+    url: str, guard: Guard = PUBLIC, turn: Callable[[str], AbstractAsyncContextManager] = nullcontext
+) -> AsyncIterator[bytes]:
+    """As `fetch`, but each request, redirects included, waits for its host's turn.
+
+    Args:
+        url: of the picture.
+        guard: its time does not run while a turn is waited for.
+        turn: host -> what a request to it is sent within, and the block for the last one. A host is a name,
+            or an address, in small letters; its ports are one host.
+    """
+    location, here, seconds = url, httpx2.URL(), guard.seconds
+    for _ in range(guard.max_redirects + 1):
+        with _download_errors(url, guard):
+            here = _check(location, here, guard)
+        async with turn(here.raw_host.decode().rstrip(".")):
+            begin = time.monotonic()
+            with _download_errors(url, guard):
+                answer = await _ask_for_image(here, guard, seconds)
+            if isinstance(answer, bytes):
+                yield answer
+                return
+            location, seconds = answer, seconds - (time.monotonic() - begin)
+    raise DownloadError(url, f"more than {guard.max_redirects} redirects")
+
+
+async def _ask_for_image(here: httpx2.URL, guard: Guard, seconds: float) -> bytes | str:
+    """The picture, or where a redirect leads."""
+    async with asyncio.timeout(seconds), _get(here, guard, _PICTURES) as response:
+        if response.has_redirect_location:
+            return str(response.headers["location"])
+        return await _read_image(response, guard)
 
 
 def fetch_sync(url: str, guard: Guard = PUBLIC) -> bytes:

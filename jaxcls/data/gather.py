@@ -36,13 +36,12 @@ from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
-from urllib.parse import urlsplit
 from uuid import uuid4
 
 import numpy as np
 
 from jaxcls.data.dataset import ID_DTYPE, Dataset
-from jaxcls.data.download import PUBLIC, Guard, fetch, is_url
+from jaxcls.data.download import PUBLIC, Guard, fetched, is_url
 from jaxcls.data.duplicates import find_duplicates
 from jaxcls.data.folder import list_images
 from jaxcls.data.image_search import REFUSED, Found, Openverse, Provider, Searcher
@@ -529,14 +528,14 @@ class _Gathering:
         try:
             if path := self._paths.get(url):
                 return await asyncio.to_thread(lambda: self._check(str(path), read_bytes(path)))
-            return await self._pacer.send(_host(url), partial(self._fetch, url))
+            return await self._pacer.send(partial(self._fetch, url))
         except (DownloadError, ImageError) as error:
             return error
 
     async def _fetch(self, url: str) -> _Photo:
-        data = await fetch(url, self._guard)
-        # Within the request's turn, which bounds how many photos are in memory.
-        return await asyncio.to_thread(self._check, url, data)
+        async with fetched(url, self._guard, self._pacer.turn) as data:
+            # Within the request's turn, which bounds how many photos are in memory.
+            return await asyncio.to_thread(self._check, url, data)
 
     def _check(self, name: str, data: bytes) -> _Photo:
         """Decode a photo to see whether it can be, and write its partial file."""
@@ -549,13 +548,6 @@ class _Gathering:
 async def _listed(found: Iterable[Found]) -> AsyncGenerator[Found]:
     for item in found:
         yield item
-
-
-def _host(url: str) -> str:
-    try:
-        return urlsplit(url).netloc.lower()
-    except ValueError:  # the fetch will say so
-        return ""
 
 
 def _run(work: Callable[[Tick], Awaitable[None]], *, total: int) -> None:

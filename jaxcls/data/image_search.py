@@ -255,12 +255,15 @@ class Searcher:
         secrets = [value.value for value in (*params.values(), *headers.values()) if isinstance(value, Key)]
 
         async def request() -> Any:
-            if self._spent is not None:
-                raise self._spent
-            return await fetch_json(url, _open(params), _open(headers), secrets=secrets, guard=self._guard)
+            async with self._pacer.turn(""):
+                if self._spent is not None:
+                    raise self._spent
+                return await fetch_json(
+                    url, _open(params), _open(headers), secrets=secrets, guard=self._guard
+                )
 
         try:
-            return await self._pacer.send("", request)
+            return await self._pacer.send(request)
         except DownloadError as error:
             if error.status == _TOO_MANY:
                 self._spent = DownloadError(error.url, error.reason, status=error.status)

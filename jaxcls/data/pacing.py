@@ -54,26 +54,40 @@ class Pacer:
         self._slots = asyncio.Semaphore(limits.num_requests)
         self._hosts: defaultdict[str, _Host] = defaultdict(partial(_Host, limits))
 
-    async def send(self, host: str, request: Callable[[], Awaitable[T]]) -> T:
-        """What `request` returns, started when it is the host's turn, anew where its failure may pass.
+    async def send(self, request: Callable[[], Awaitable[T]]) -> T:
+        """What `request`, which waits for the turns that it needs, returns; anew where its failure may pass.
 
         Raises:
             DownloadError: of the last attempt.
         """
-        turns = self._hosts[host]
         attempt = 1
         while True:
             try:
-                # The host's slot first: who waits for a busy host keeps no other from being asked.
-                async with turns.turn(), self._slots:
-                    return await request()
+                return await request()
             except DownloadError as error:
-                is_last = attempt == self._limits.num_attempts
-                if is_last or not error.is_transient or error.retry_after > self._limits.max_pause_seconds:
+                if attempt == self._limits.num_attempts or not self._may_pass(error):
                     raise
-                turns.rest(error.retry_after)
             await asyncio.sleep(self._limits.pause_seconds * 2 ** (attempt - 1))
             attempt += 1
+
+    @asynccontextmanager
+    async def turn(self, host: str) -> AsyncIterator[None]:
+        """Wait until a request may be sent to `host`, and send it within. Nobody waits for two turns at once.
+
+        Where it raises a DownloadError with a Retry-After, the host is left alone for so long.
+        """
+        turns = self._hosts[host]
+        # The host's slot first: who waits for a busy host keeps no other from being asked.
+        async with turns.turn(), self._slots:
+            try:
+                yield
+            except DownloadError as error:
+                if self._may_pass(error):
+                    turns.rest(error.retry_after)
+                raise
+
+    def _may_pass(self, error: DownloadError) -> bool:
+        return error.is_transient and error.retry_after <= self._limits.max_pause_seconds
 
 
 class _Host:

@@ -8,7 +8,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from io import BytesIO
@@ -49,7 +49,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Request:
-    """What was asked, from when to when; the address and the head."""
+    """What was asked, and when, until it was about to be answered; the address and the head."""
 
     host: str
     path: str
@@ -98,7 +98,7 @@ class Web:
     @property
     def guard(self) -> Guard:
         networks = (ip_network(HOST), ip_network(OTHER_HOST))
-        return Guard(ports=PUBLIC.ports | {self.port}, allowed_networks=networks, seconds=5, max_bytes=10**6)
+        return Guard(ports=PUBLIC.ports | {self.port}, allowed_networks=networks, seconds=30, max_bytes=10**6)
 
     def url(self, path: str, host: str = HOST) -> str:
         return f"http://{host}:{self.port}{path}"
@@ -155,14 +155,11 @@ def _make_handler(web: Web, host: str) -> type[BaseHTTPRequestHandler]:
             query = {name: values[0] for name, values in parse_qs(parts.query).items()}
             headers = {name.lower(): value for name, value in self.headers.items()}
             answer = web.answer(host, parts.path, query, headers)
-            try:
-                web.stopped.wait(answer.delay)
+            web.stopped.wait(answer.delay)
+            # Before it is sent: whoever has the answer may end the test, or send the next request.
+            web.requests.append(Request(host, parts.path, query, headers, start, time.monotonic()))
+            with suppress(OSError):
                 self.send(answer)
-            except OSError:
-                pass
-            finally:
-                request = Request(host, parts.path, query, headers, start, time.monotonic())
-                web.requests.append(request)
 
         def send(self, answer: Answer) -> None:
             self.send_response(answer.status)

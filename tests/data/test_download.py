@@ -18,6 +18,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from ipaddress import ip_address, ip_network
 
@@ -26,7 +27,7 @@ import pytest
 from PIL import Image
 
 from jaxcls.data import download
-from jaxcls.data.download import PUBLIC, Guard, fetch, fetch_json, fetch_sync, is_public
+from jaxcls.data.download import PUBLIC, Guard, fetch, fetch_json, fetch_sync, fetched, is_public
 from jaxcls.data.images import FORMATS
 from jaxcls.errors import DownloadError, JaxclsError
 
@@ -665,6 +666,30 @@ def dripping(server: Server, data: bytes, *, at_once: bytes = b"") -> Callable[[
             yield bytes([byte])
 
     return drip
+
+
+def test_each_request_has_its_hosts_turn_and_no_time_runs_before(server):
+    """The host's name is one, whatever its port and dot; a turn ends before the next is waited for."""
+    server.pages |= {"/far": redirect(server.url("/photo", "other.example."))}
+    turns = []
+
+    @asynccontextmanager
+    async def turn(host):
+        await asyncio.sleep(0.6)
+        turns.append(f"begin {host}")
+        yield
+        turns.append(f"end {host}")
+
+    async def main():
+        guard = server.guard(seconds=1)
+        async with fetched(server.url("/far", "photos.example"), guard, turn) as image:
+            turns.append("image")
+            return image
+
+    assert asyncio.run(main()) == PICTURE
+    assert turns == [
+        "begin photos.example", "end photos.example", "begin other.example", "image", "end other.example",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("case", ["silence", "head", "body", "redirects", "provisional answers"])

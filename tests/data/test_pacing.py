@@ -1,6 +1,7 @@
 """When requests are sent, by the event loop's own clock."""
 
 import asyncio
+from collections import Counter
 
 import pytest
 
@@ -14,14 +15,15 @@ def run(limits: Limits, plan: list[tuple[str, list]]) -> tuple[list, list[tuple[
 
     async def send(pacer: Pacer, host: str, outcomes: list):
         async def request():
-            starts.append((host, asyncio.get_running_loop().time() - begin))
-            await asyncio.sleep(0.05)
-            outcome = outcomes.pop(0)
-            if isinstance(outcome, Exception):
-                raise outcome
-            return outcome
+            async with pacer.turn(host):
+                starts.append((host, asyncio.get_running_loop().time() - begin))
+                await asyncio.sleep(0.05)
+                outcome = outcomes.pop(0)
+                if isinstance(outcome, Exception):
+                    raise outcome
+                return outcome
 
-        return await pacer.send(host, request)
+        return await pacer.send(request)
 
     async def main():
         nonlocal begin
@@ -43,6 +45,27 @@ def test_a_busy_host_keeps_no_other_waiting():
     times = [seconds for host, seconds in starts if host == "a"]
     assert dict(starts)["b"] < times[1]
     assert times[-1] > 0.35
+
+
+def test_as_many_are_under_way_as_the_limits_say_and_no_more():
+    """Counted on the event loop itself, so that a busy machine changes nothing."""
+    now: Counter[str] = Counter()
+    most: Counter[str] = Counter()
+
+    async def request(pacer: Pacer, host: str) -> None:
+        async with pacer.turn(host):
+            now.update([host, "all"])
+            most.update({key: now[key] - most[key] for key in (host, "all") if now[key] > most[key]})
+            for _ in range(5):
+                await asyncio.sleep(0)
+            now.subtract([host, "all"])
+
+    async def main() -> None:
+        pacer = Pacer(Limits(num_requests=5, num_per_host=3, interval_seconds=0))
+        await asyncio.gather(*(request(pacer, host) for host in ["a", "b"] * 12))
+
+    asyncio.run(main())
+    assert most == {"a": 3, "b": 3, "all": 5}
 
 
 def test_attempts_end_with_success_with_their_number_or_with_an_error_that_stays():

@@ -178,8 +178,11 @@ def test_the_run_folder(run, photos):
     files = {"config.json", "train_ids.txt", "test_ids.txt", "metrics.jsonl", "accuracy.png"}
     assert names - events == {*files, "checkpoints", "classifier"}
     train_ids, test_ids = read_split(result.run_dir)
-    assert {*train_ids, *test_ids} <= set(photos.ids)
-    assert not set(train_ids) & set(test_ids)
+    assert set(train_ids) | set(test_ids) <= set(photos.ids)
+    assert (
+        len(train_ids)
+        == json.loads((result.run_dir / "config.json").read_text())["datasets"]["train"]["num_images"]
+    )
     assert len(test_ids) == result.history[0]["eval_num_seen"]
     rows = [json.loads(line) for line in (result.run_dir / "metrics.jsonl").read_text().splitlines()]
     assert rows == [{k: v for k, v in row.items() if k != "images_per_second"} for row in result.history]

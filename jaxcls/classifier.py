@@ -158,11 +158,11 @@ class Classifier:
             ClassifierError: something else is there, or the folder cannot be written.
         """
         path = Path(path)
-        if path.exists() and not (path / MANIFEST).is_file():
-            raise ClassifierError(f"{path} exists and is no saved classifier: choose another path")
+        _require_replaceable(path)
         try:
-            with whole_folder(path) as folder:
+            with whole_folder(path, replace=True) as folder:
                 self._write(folder)
+                _require_replaceable(path)  # still, after a while
         except OSError as error:
             raise ClassifierError(f"cannot save to {path}: {error}") from error
         return path
@@ -296,6 +296,11 @@ class Classifier:
         if self.head.thresholds is not None:
             notes.append("The thresholds below which the classifier abstains are left out.")
         return tuple(notes)
+
+
+def _require_replaceable(path: Path) -> None:
+    if path.exists() and not (path / MANIFEST).is_file():
+        raise ClassifierError(f"{path} exists and is no saved classifier: choose another path")
 
 
 def as_backbone(network: Backbone | Classifier) -> Backbone:

@@ -4,7 +4,6 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from uuid import uuid4
 
 import jax
 import numpy as np
@@ -18,7 +17,7 @@ from jaxcls.errors import ClassifierError
 from jaxcls.models.precision import Precision, compute_dtype
 from jaxcls.models.pretrained import Backbone
 from jaxcls.scoring import extract_features
-from jaxcls.storage import make_private_folder
+from jaxcls.storage import make_private_folder, write_whole
 
 Report = Callable[[str], object]
 SUFFIX = ".safetensors"
@@ -130,9 +129,4 @@ def _write(folder: Path, digests: Sequence[bytes], values: NDArray[np.float32]) 
     rows = np.frombuffer(b"".join(digests), np.uint8).reshape(len(digests), -1)
     content = save({"digests": rows, "values": values})
     path = make_private_folder(folder) / f"{hashlib.sha256(content).hexdigest()}{SUFFIX}"
-    partial = path.with_suffix(f".{uuid4().hex}")  # another process may write the same
-    try:
-        partial.write_bytes(content)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_whole(path, content)

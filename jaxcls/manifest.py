@@ -10,7 +10,7 @@ import numpy as np
 
 from jaxcls.errors import ClassifierError, UsageError
 from jaxcls.models.precision import PLATFORMS, Platform
-from jaxcls.storage import file_sha256
+from jaxcls.storage import file_sha256, write_whole
 
 FORMAT = "jaxcls-classifier"
 FORMAT_VERSION = 1
@@ -52,9 +52,8 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
     """Write or replace a folder's manifest in one step: it is never half written."""
-    partial = folder / f".{MANIFEST}"
-    partial.write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    partial.replace(folder / MANIFEST)
+    content = json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"
+    write_whole(folder / MANIFEST, content.encode())
 
 
 def read_thresholds(path: Path) -> tuple[tuple[str, ...], list[float] | None]:

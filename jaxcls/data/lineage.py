@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from jaxcls.errors import DatasetError
+from jaxcls.storage import write_whole
 
 LINEAGE_FILE = "lineage.jsonl"
 """One line of JSON for each photo of a folder. Of two lines for one photo the later counts; a last line
@@ -84,10 +85,8 @@ def read_lineage(folder: Path) -> dict[str, Lineage]:
 
 def write_lineage(folder: Path, lines: Iterable[Lineage]) -> None:
     """Write or replace a folder's lineage file in one step."""
-    partial = folder / f".{LINEAGE_FILE}"
-    with partial.open("w", encoding="utf-8") as file:
-        file.writelines(lineage.to_line() for lineage in lines)
-    partial.replace(folder / LINEAGE_FILE)
+    content = "".join(lineage.to_line() for lineage in lines)
+    write_whole(folder / LINEAGE_FILE, content.encode())
 
 
 def find_families(ids: np.ndarray, origins: np.ndarray) -> np.ndarray:

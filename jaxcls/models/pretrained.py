@@ -17,7 +17,7 @@ from jaxcls.errors import WeightsError
 from jaxcls.models.architecture import ARCHITECTURES
 from jaxcls.models.port import Ported, read_state_dict, to_variables
 from jaxcls.preprocess import Preprocess
-from jaxcls.storage import Storage, file_sha256, make_private_folder
+from jaxcls.storage import Storage, file_sha256, make_private_folder, write_whole
 
 HUB_FILE = "model.safetensors"
 PINS_FILE = "pinned_weights.json"
@@ -286,6 +286,4 @@ def _read_pins() -> dict[str, str]:
 def _write_pins(pins: Mapping[str, str]) -> None:
     path = _pins_path()
     make_private_folder(path.parent)
-    partial = path.with_name(f"{path.name}.{os.getpid()}")
-    partial.write_text(json.dumps(dict(pins), indent=2, sort_keys=True), "utf-8")
-    partial.replace(path)
+    write_whole(path, json.dumps(dict(pins), indent=2, sort_keys=True).encode())

@@ -134,7 +134,7 @@ def _copy(classifier: "Classifier | str | Path", path: Path) -> None:
     for name in (WEIGHTS, PARITY):
         check_file(source, name, manifest)
     check_programs(source, manifest)
-    with whole_folder(path) as folder:
+    with whole_folder(path, replace=True) as folder:
         shutil.copytree(source, folder, dirs_exist_ok=True)
 
 

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import IO, Any, Literal, TypeVar
 
 from jaxcls.errors import DeploymentError, UsageError
-from jaxcls.storage import make_private_folder
+from jaxcls.storage import make_private_folder, write_whole
 
 T = TypeVar("T")
 
@@ -269,10 +269,7 @@ class Entry:
 
     def _write(self, name: str, text: str) -> None:
         """Write or replace a file in one step, readable by its owner alone."""
-        partial = self.folder / f".{name}"
-        partial.touch(mode=0o600)
-        partial.write_text(text + "\n", encoding="utf-8")
-        partial.replace(self.folder / name)
+        write_whole(self.folder / name, f"{text}\n".encode(), mode=0o600)
 
 
 def list_entries(registry: Path) -> list[Entry]:

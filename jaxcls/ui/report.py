@@ -11,6 +11,7 @@ from jaxcls.data.dataset import Dataset
 from jaxcls.errors import UsageError
 from jaxcls.evaluation.metrics import Evaluation
 from jaxcls.predictions import Predictions
+from jaxcls.storage import write_whole
 from jaxcls.ui.page import make_page
 from jaxcls.ui.results import describe, losses
 from jaxcls.ui.thumbnails import TYPE, Thumbnails, make_thumbnails
@@ -61,9 +62,7 @@ def write_report(
     page = _page(
         title, results | {"note": f"{note} At most {max_bytes / 1e6:.0f} MB, no network."}, thumbnails
     )
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_bytes(page)
-    partial.replace(path)
+    write_whole(path, page)
     return f"{len(page) / 1e6:.1f} MB; {note}"
 
 

@@ -90,7 +90,7 @@ class Gathered:
     Attributes:
         folder: of the photos, for `read_folder`.
         counts: label -> photos.
-        num_new: photos that this run added.
+        num_new: photos that this run added, without those that it dropped again.
         num_copies: photos that were dropped for another one of their label, by this run or an earlier one.
         num_ambiguous: those that were dropped because photos of other labels show the same.
         failures: what this run could not get.
@@ -213,7 +213,7 @@ def gather(
     Raises:
         UsageError: queries that `check_queries` refuses, a folder that holds something else, lies in
             one that is gathered from, or that another process gathers into.
-        DatasetError: `provenance.jsonl` is damaged.
+        DatasetError: `provenance.jsonl` is damaged, or the disk is full.
         DownloadError: the provider refuses whatever we ask, such as for a wrong key.
     """
     check_queries(queries)
@@ -253,7 +253,7 @@ class _Collection:
     def __init__(self, root: Path, provenance: Provenance) -> None:
         self._root, self._provenance = root, provenance
         self.partial = root / PARTIAL
-        self.num_new = 0
+        self._new: set[tuple[str, str]] = set()
         origins = provenance.origins.values()
         kept = {origin.file for origin in origins if not origin.duplicate_of}
         missing = {file for file in kept if not (root / file).is_file()}
@@ -300,7 +300,7 @@ class _Collection:
         path = self._path(origin)
         path.parent.mkdir(exist_ok=True)
         photo.file.replace(path)
-        self.num_new += 1
+        self._new.add((origin.label, origin.url))
         return True
 
     def drop_near_copies(self, max_pixels: int) -> None:
@@ -332,7 +332,7 @@ class _Collection:
         return Gathered(
             folder=self._root,
             counts=dict(counts),
-            num_new=self.num_new,
+            num_new=sum((origin.label, origin.url) in self._new for origin in self._kept()),
             num_copies=num_copies,
             num_ambiguous=len(dropped) - num_copies,
             failures=tuple(
@@ -541,7 +541,10 @@ class _Gathering:
         """Decode a photo to see whether it can be, and write its partial file."""
         open_photo(data, name=name, max_pixels=self._max_pixels).decode(CHECKED_SIDE)
         file = self._collection.partial / uuid4().hex
-        file.write_bytes(data)
+        try:
+            file.write_bytes(data)
+        except OSError as error:
+            raise DatasetError(f"{file} cannot be written: {error.strerror}") from error
         return _Photo(hashlib.sha256(data).hexdigest(), format_name(data).lower(), file)
 
 

@@ -1,10 +1,12 @@
 """Where each gathered photo came from: `provenance.jsonl`, a line for each photo of each label.
 
 Lines are only appended; a later one about the same URL and label takes the place of an earlier one. A process
-that is killed leaves at most a torn last line, which the next one cuts off.
+that is killed leaves at most a torn last line, which the next one cuts off. Lines survive the process, but
+not always a loss of power: the system puts them on the disk when it likes.
 """
 
 import json
+import os
 import re
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, fields
@@ -119,7 +121,9 @@ class Provenance:
 
     def __init__(self, path: Path) -> None:
         with ExitStack() as stack:
-            self._file = stack.enter_context(path.open("a+b"))
+            # No buffer: what could not be written would be written again when it closes.
+            self._file = stack.enter_context(path.open("a+b", buffering=0))
+            self._path = path
             self.origins = self._read(path)
             stack.pop_all()
 
@@ -144,7 +148,16 @@ class Provenance:
         return origins
 
     def add(self, origin: Origin) -> None:
-        """Write a line."""
-        self._file.write(origin.to_line())
-        self._file.flush()
+        """Write a line, all of it or nothing.
+
+        Raises:
+            DatasetError: it cannot be written, such as on a full disk.
+        """
+        end, rest = self._file.seek(0, os.SEEK_END), origin.to_line()
+        try:
+            while rest:
+                rest = rest[self._file.write(rest) :]
+        except OSError as error:
+            self._file.truncate(end)
+            raise DatasetError(f"{self._path} cannot be written: {error.strerror}") from error
         self.origins[origin.label, origin.url] = origin

@@ -4,6 +4,7 @@ import asyncio
 import hashlib
 import json
 import logging
+import resource
 import signal
 import subprocess
 import sys
@@ -395,6 +396,8 @@ def test_near_copies_the_largest_file_of_a_label_stays_and_none_of_several(web, 
     gathered = run(web, queries, out)
     assert {row["url"] for row in kept(out).values()} == {large, *own}
     assert (gathered.counts, gathered.num_copies, gathered.num_ambiguous) == ({"cup": 2, "mug": 1}, 1, 2)
+    assert gathered.num_new == 3
+    assert "3 photos, 3 of them new" in str(gathered)
     check_sound(out)
     web.requests.clear()
     assert run(web, queries, out).counts == gathered.counts
@@ -443,6 +446,25 @@ def test_failures_are_listed_and_stop_nothing(web, out, tmp_path):
         assert "\n" not in str(failure)
     assert len(web.asked("/404")) == 1
     assert len(web.asked("/dead")) == QUICK.num_attempts
+    check_sound(out)
+
+
+def test_a_disk_without_room_is_one_error_that_names_the_file(web, out, tmp_path, capsys):
+    """A limit to the size of files stands in for it: both end a write with an error, when some is written."""
+    (tmp_path / "cups").mkdir()
+    for n in range(3):
+        (tmp_path / "cups" / f"{n}.jpg").write_bytes(encode(draw(n)))
+    (tmp_path / "queries.json").write_text('{"cup": ["./cups"]}')
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        assert main(["gather", str(tmp_path / "queries.json"), "--out", str(out)]) == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith(f"jaxcls: {out / PARTIAL}/")
+    assert error.endswith(" cannot be written: File too large")
+    assert run(web, {"cup": [str(tmp_path / "cups")]}, out).counts == {"cup": 3}
     check_sound(out)
 
 

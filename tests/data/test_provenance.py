@@ -1,6 +1,7 @@
 """Lines that were written are read again; others are noticed."""
 
 import json
+import resource
 
 import pytest
 
@@ -34,6 +35,22 @@ def test_a_line_torn_anywhere_is_cut_off(tmp_path):
             assert len(provenance.origins) == 1
             provenance.add(ORIGIN)
         assert path.read_bytes() == line * 2
+
+
+def test_a_line_for_which_there_is_no_room_leaves_nothing(tmp_path):
+    line = ORIGIN.to_line()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with Provenance(tmp_path / "file") as provenance:
+        provenance.add(ORIGIN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(line) + 10, limits[1]))
+        try:
+            with pytest.raises(DatasetError, match="file cannot be written: File too large"):
+                provenance.add(ORIGIN)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert (tmp_path / "file").read_bytes() == line
+        provenance.add(ORIGIN)
+    assert (tmp_path / "file").read_bytes() == line * 2
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ class Info(PhotoCommand):
     """Describe a folder of photos or a saved classifier; without a path, this installation."""
 
     path: Positional[Path | None] = None
-    """A folder of photos, or a saved classifier."""
+    """A folder of photos, records, a .csv or .jsonl list, or a saved classifier."""
     duplicates: bool = False
     """List the photos that show the same."""
     test_data: Path | None = None

@@ -67,7 +67,7 @@ class TrainingCommand(PhotoCommand):
     """What both ways of training take."""
 
     data: Annotated[Positional[Path], tyro.conf.arg(metavar="PHOTOS")]
-    """The folder of photos."""
+    """The folder of photos; or records (`jaxcls pack`), or a .csv or .jsonl list."""
     start: OmitArgPrefixes[BackboneOptions] = field(default_factory=BackboneOptions)
     split: OmitArgPrefixes[SplitOptions] = field(default_factory=SplitOptions)
     skip_bad: bool = False

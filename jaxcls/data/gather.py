@@ -57,11 +57,13 @@ Tick = Callable[[int], object]
 
 PER_QUERY = 50
 MAX_PAGES = 50
-"""Of one search, which a page without anything new ends earlier."""
+"""Of one search, which a page without anything new ends earlier, or that after `per_query` results."""
+BATCH_SIZE = 256
+"""Photos of one query that are under way together."""
 CHECKED_SIDE = 64
 """Pixels of the short side at which a photo is decoded to see whether it can be."""
 PARTIAL = ".partial"
-"""The folder of what is not whole yet, below the one that is gathered into."""
+"""The folder of what is not whole yet, below the one that is gathered into. A stopped run leaves it."""
 
 
 @dataclass(frozen=True)
@@ -205,7 +207,8 @@ def gather(
         queries: label -> text queries, image URLs and local folders.
         out: a new folder, or one that photos were gathered into before.
         provider: whom to ask for text queries. Default: `image_search.Openverse()`.
-        per_query: photos wanted of each text query.
+        per_query: photos wanted of each text query. The page after so many results is the last that is
+            asked for, whatever fails: searches may cost money.
         max_pixels: height times width above which a photo is refused.
         limits: how hard hosts are pressed, the provider's included.
         guard: what may be fetched, and how much that may take.
@@ -222,8 +225,8 @@ def gather(
     root = Path(out)
     _check_folders(queries, root)
     with _open_collection(root) as collection:
-        work = _Gathering(collection, provider or Openverse(), max_pixels, limits, guard)
-        jobs = work.plan(queries, per_query)
+        work = _Gathering(collection, provider or Openverse(), per_query, max_pixels, limits, guard)
+        jobs = work.plan(queries)
         _run(lambda tick: work.run(jobs, tick), total=sum(job.num_wanted for job in jobs))
         collection.drop_near_copies(max_pixels)
         return collection.report(queries, work.failures)
@@ -252,6 +255,7 @@ class _Collection:
 
     def __init__(self, root: Path, provenance: Provenance) -> None:
         self._root, self._provenance = root, provenance
+        self._was_stopped = (root / PARTIAL).exists()
         self.partial = root / PARTIAL
         self._new: set[tuple[str, str]] = set()
         origins = provenance.origins.values()
@@ -304,7 +308,12 @@ class _Collection:
         return True
 
     def drop_near_copies(self, max_pixels: int) -> None:
-        """Of photos that show the same, keep the largest file; none where they are of several labels."""
+        """Of photos that show the same, keep the largest file; none where they are of several labels.
+
+        Where this run added nothing, and the one before it came to its end, there are none: no photo is read.
+        """
+        if not self._new and not self._was_stopped:
+            return
         kept = self._kept()
         labels = sorted({origin.label for origin in kept})
         files = np.asarray([origin.file for origin in kept], ID_DTYPE)
@@ -379,12 +388,18 @@ def _open_collection(root: Path) -> Iterator[_Collection]:
             raise UsageError(f"{root}: another process is gathering into it: wait for its end")
         with Provenance(root / PROVENANCE) as provenance:
             collection = _Collection(root, provenance)
-            shutil.rmtree(collection.partial, ignore_errors=True)  # of a run that was killed
-            collection.partial.mkdir()
+            _empty(collection.partial)  # of a run that was killed
             try:
                 yield collection
-            finally:
-                shutil.rmtree(collection.partial)
+            except BaseException:
+                _empty(collection.partial)
+                raise
+            shutil.rmtree(collection.partial)
+
+
+def _empty(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
 
 
 @dataclass(frozen=True)
@@ -409,12 +424,13 @@ class _Gathering:
         self,
         collection: _Collection,
         provider: Provider,
+        per_query: int,
         max_pixels: int,
         limits: Limits,
         guard: Guard,
     ) -> None:
         self._collection, self._max_pixels, self._guard = collection, max_pixels, guard
-        self._provider = provider
+        self._provider, self._per_query = provider, per_query
         self._searcher = Searcher(provider, limits, guard)
         self._pacer = Pacer(limits)
         self._paths: dict[str, Path] = {}
@@ -422,7 +438,7 @@ class _Gathering:
         self._claimed: set[tuple[str, str]] = set()
         self.failures: list[Failure] = []
 
-    def plan(self, queries: Mapping[str, Sequence[str]], per_query: int) -> list[_Job]:
+    def plan(self, queries: Mapping[str, Sequence[str]]) -> list[_Job]:
         """What is to be done; local folders are listed."""
         jobs = []
         for label, texts in queries.items():
@@ -432,7 +448,7 @@ class _Gathering:
                     found = tuple(item for item in found if not self._collection.knows(label, item.url))
                     jobs.append(_Job(label, query, found, len(found)))
                 else:
-                    num_wanted = max(0, per_query - self._collection.num_kept(label, query))
+                    num_wanted = max(0, self._per_query - self._collection.num_kept(label, query))
                     jobs.append(_Job(label, query, None, num_wanted))
         return jobs
 
@@ -460,7 +476,7 @@ class _Gathering:
         num_wanted = job.num_wanted
         results = self._search(job.query) if job.found is None else _listed(job.found)
         async with aclosing(results):
-            while num_wanted and (batch := await self._next(job, results, num_wanted)):
+            while num_wanted and (batch := await self._next(job, results, min(num_wanted, BATCH_SIZE))):
                 taken = await asyncio.gather(*(self._take(job, found, tick) for found in batch))
                 num_wanted -= sum(taken)
         tick(num_wanted)
@@ -484,14 +500,16 @@ class _Gathering:
 
     async def _search(self, query: str) -> AsyncGenerator[Found]:
         seen: set[str] = set()
+        num_found = 0
         for number in range(MAX_PAGES):
             page = await self._searcher.search(query, number)
             for found in page.found:
                 yield found
             urls = {found.url for found in page.found}
-            if page.is_last or urls <= seen:
+            if page.is_last or urls <= seen or num_found >= self._per_query:
                 return
             seen |= urls
+            num_found += len(page.found)
 
     async def _take(self, job: _Job, found: Found, tick: Tick) -> bool:
         """Whether the photo was kept."""

@@ -19,6 +19,7 @@ from PIL import Image
 from scripted_providers import HOST, OTHER_HOST, QUICK, Answer, Web, encode, most_at_once
 
 from jaxcls.cli import main
+from jaxcls.data import gather as gather_module
 from jaxcls.data.duplicates import find_duplicates
 from jaxcls.data.folder import read_folder
 from jaxcls.data.gather import PARTIAL, gather, read_queries
@@ -125,7 +126,11 @@ def test_the_end_of_the_results_is_respected(web, out):
     """Openverse answers 401 to whoever asks beyond 240: that must not look like a wrong key."""
     web.results["blue cup"] = [web.url(f"/missing/{n}") for n in range(300)]
     gathered = run(
-        web, {"cup": ["blue cup"], "none": ["nothing"]}, out, limits=replace(QUICK, num_per_host=16)
+        web,
+        {"cup": ["blue cup"], "none": ["nothing"]},
+        out,
+        per_query=240,
+        limits=replace(QUICK, num_per_host=16),
     )
     assert len(web.asked("/search")) == 12 + 1
     assert len(gathered.failures) == 240
@@ -155,6 +160,15 @@ def test_a_serpapi_search_ends_where_it_says_that_there_is_no_more(web, out):
     gathered = run(web, {"cup": ["cup"]}, out, provider=provider)
     assert (gathered.counts, gathered.failures) == ({"cup": 3}, ())
     assert [request.query["ijn"] for request in web.asked("/search")] == ["0", "1"]
+
+
+@pytest.mark.parametrize(("per_query", "num_pages"), [(1, 2), (100, 2), (101, 3)])
+def test_a_search_of_which_all_fails_costs_one_page_more_than_is_wanted(per_query, num_pages, web, out):
+    web.results["cup"] = [f"http://127.0.0.1/{n}" for n in range(1000)]  # refused before it is asked
+    provider = SerpApi(Key(web.key), web.url("/search/serpapi"), interval_seconds=0)
+    gathered = run(web, {"cup": ["cup"]}, out, provider=provider, per_query=per_query)
+    assert [request.query["ijn"] for request in web.asked("/search")] == list("012"[:num_pages])
+    assert len(gathered.failures) == 100 * num_pages
 
 
 def test_a_provider_of_ones_own(web, out):
@@ -262,12 +276,20 @@ gather({"cup": ["cup"], "mug": ["mug"]}, out, provider=Openverse(url, interval_s
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
-def test_a_run_that_was_stopped_is_gone_on_with(number, web, out):
-    slow = [Answer(encode(draw(n)), delay=0.05) for n in range(80)]
+@pytest.mark.parametrize(
+    ("number", "stops"),
+    [
+        (signal.SIGKILL, [12]),
+        pytest.param(signal.SIGKILL, [5, 25], marks=pytest.mark.slow),
+        pytest.param(signal.SIGINT, [5, 25], marks=pytest.mark.slow),
+    ],
+)
+def test_a_run_that_was_stopped_is_gone_on_with(number, stops, web, out):
+    num_each = 40 if len(stops) > 1 else 15
+    slow = [Answer(encode(draw(n)), delay=0.05) for n in range(2 * num_each)]
     urls = [web.put(f"/photos/{n}", answer) for n, answer in enumerate(slow)]
-    web.results |= {"cup": urls[:40], "mug": urls[40:]}
-    for stop_at in (5, 25):
+    web.results |= {"cup": urls[:num_each], "mug": urls[num_each:]}
+    for stop_at in stops:
         start = [sys.executable, "-c", CHILD, web.url("/search/openverse"), str(out), str(web.port)]
         child = subprocess.Popen(start, stderr=subprocess.PIPE)
         while len(web.asked()) < stop_at:
@@ -283,7 +305,8 @@ def test_a_run_that_was_stopped_is_gone_on_with(number, web, out):
         assert whole <= {row["file"] for row in rows(out)}
         for path in whole:
             decode((out / path).read_bytes())
-        assert (out / PARTIAL).exists() == (number == signal.SIGKILL)
+        assert (out / PARTIAL).is_dir()
+        assert number == signal.SIGKILL or not list((out / PARTIAL).iterdir())
         if number == signal.SIGKILL:  # as if it had been killed while it wrote a line
             with (out / PROVENANCE).open("ab") as file:
                 file.write(b'{"label": "cup", "fi')
@@ -291,10 +314,10 @@ def test_a_run_that_was_stopped_is_gone_on_with(number, web, out):
     already = {row["url"] for row in kept(out).values()} if number == signal.SIGINT else set()
     web.requests.clear()
     gathered = run(web, {"cup": ["cup"], "mug": ["mug"]}, out, per_query=40)
-    assert gathered.counts == {"cup": 40, "mug": 40}
+    assert gathered.counts == {"cup": num_each, "mug": num_each}
     assert had > 2
     assert not {web.url(request.path) for request in web.asked()} & already
-    assert len(web.asked()) < 80
+    assert len(web.asked()) < 2 * num_each
     check_sound(out)
 
 
@@ -402,6 +425,49 @@ def test_near_copies_the_largest_file_of_a_label_stays_and_none_of_several(web, 
     web.requests.clear()
     assert run(web, queries, out).counts == gathered.counts
     assert not web.requests
+
+
+def test_kept_photos_are_compared_again_only_where_some_came_or_a_run_was_stopped(web, out, monkeypatch):
+    urls = [web.put(f"/{q}", encode(draw(1, (320, 240)), quality=q)) for q in (90, 60)]
+
+    def stop(photos):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(gather_module, "find_duplicates", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run(web, {"cup": urls}, out)
+    assert len(kept(out)) == 2
+    gathered = run(web, {"cup": urls}, out)
+    assert (gathered.num_new, gathered.counts) == (0, {"cup": 1})
+    monkeypatch.setattr(gather_module, "find_duplicates", stop)
+    assert run(web, {"cup": urls}, out).counts == {"cup": 1}
+    with pytest.raises(KeyboardInterrupt):
+        run(web, {"cup": [*urls, web.put("/other", encode(draw(2)))]}, out)
+
+
+def test_a_large_folder_is_gathered_in_batches(out, tmp_path, monkeypatch):
+    (tmp_path / "cups").mkdir()
+    for n in range(23):
+        draw(n, (48, 48)).save(tmp_path / "cups" / f"{n}.png")
+    (tmp_path / "cups" / "bad.png").write_text("no picture")
+    now = most = 0
+    take = gather_module._Gathering._take
+
+    async def counted(self, *arguments):
+        nonlocal now, most
+        now += 1
+        most = max(most, now)
+        try:
+            return await take(self, *arguments)
+        finally:
+            now -= 1
+
+    monkeypatch.setattr(gather_module._Gathering, "_take", counted)
+    monkeypatch.setattr(gather_module, "BATCH_SIZE", 5)
+    gathered = gather({"cup": [str(tmp_path / "cups")]}, out)
+    assert (gathered.counts, len(gathered.failures)) == ({"cup": 23}, 1)
+    assert most == 5
 
 
 # What is broken.

@@ -163,6 +163,12 @@ def write_whole(path: Path, content: bytes, mode: int = 0o666) -> None:
         partial.unlink(missing_ok=True)
 
 
+def remove_partial(folder: Path) -> None:
+    """Remove what killed processes were writing into a folder, in which nobody else is writing now."""
+    for partial in folder.glob(f"{PARTIAL}*"):
+        partial.unlink(missing_ok=True)
+
+
 @contextmanager
 def _temporary_folder(parent: Path, name: str) -> Iterator[Path]:
     """Yield a new folder, which goes with the block; as long as its process lives it is not left over."""

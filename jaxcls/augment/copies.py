@@ -1,8 +1,9 @@
 """Augmented copies: each pipeline applied once to every photo, in one folder with the photos themselves.
 
 Below `CLASS/` lie the originals, byte for byte, beside each its copies; `lineage.jsonl` says what each is.
-A copy depends on its original's bytes, the pipeline and the seed, and on nothing else: photos that come later
-leave all others as they are.
+What is drawn for a copy depends on its original's bytes, the pipeline and the seed, and on nothing else: photos
+that come later leave all others as they are. Its pixels depend on the versions of JAX and Pillow and on the
+device, too; what others of them made is not made again.
 
 | original | its copies |
 | --- | --- |
@@ -19,7 +20,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from io import BytesIO
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import jax
@@ -27,13 +28,13 @@ import numpy as np
 from PIL import Image
 
 from jaxcls.augment.ops import Function, parse
-from jaxcls.data.dataset import ID_DTYPE, UNLABELLED, Dataset, leave_out
+from jaxcls.data.dataset import ID_DTYPE, UNLABELLED, Dataset, leave_out, scan
 from jaxcls.data.images import SUFFIXES, format_name, is_image
 from jaxcls.data.lineage import LINEAGE_FILE, Lineage, is_place, read_lineage, write_lineage
 from jaxcls.data.source import FileSource
 from jaxcls.errors import DatasetError, ImageError, UsageError
-from jaxcls.progress import show_progress
-from jaxcls.storage import Storage, file_sha256, locked, write_whole
+from jaxcls.progress import map_threads, show_progress
+from jaxcls.storage import Storage, file_sha256, locked, remove_partial, write_whole
 
 Report = Callable[[str], object]
 _Jobs = dict[int, list[tuple["_Recipe", Lineage]]]
@@ -47,7 +48,10 @@ GRID = 16
 """Of the long side of photos that are reduced: each size needs a program, which half a second compiles."""
 JPEG_QUALITY = 95
 VERSION = 1
-"""Of what a pipeline makes of a photo: to be raised when that changes."""
+"""Of what the code here makes of a photo: to be raised when that changes. It does not tell of another version
+of JAX or Pillow, or of another device."""
+MAX_NAME_BYTES = 255
+"""Of a file's name, on all common file systems."""
 
 
 def augment_dataset(
@@ -62,7 +66,8 @@ def augment_dataset(
     """The originals and, for each pipeline, a copy of every one of them: 50 photos, 2 pipelines -> 150.
 
     What an earlier call left in the folder is used again where nothing changed, and removed where it is not
-    asked for any more; an interrupted call is taken up where it ended. `jaxcls.read_folder` reads the folder.
+    asked for any more, unless somebody has changed it; an interrupted call is taken up where it ended.
+    `jaxcls.read_folder` reads the folder.
 
     Args:
         dataset: photos, all labelled; copies among them are left out.
@@ -80,8 +85,9 @@ def augment_dataset(
         original; both are of one group, so that no split parts them.
 
     Raises:
-        DatasetError: photos that cannot be decoded or are unlabelled; ids that cannot be files' names; a
-            damaged lineage, or a folder in which another process is at work.
+        DatasetError: photos that cannot be decoded or are unlabelled; ids that cannot be files' names, or
+            leave no room for their copies'; a damaged lineage, links in the place of the folder's folders, or
+            a folder in which another process is at work.
         UsageError: no pipeline, or one that is no operation of `jaxcls.augment.ops`; a folder that holds
             something else, or the photos themselves.
     """
@@ -133,7 +139,7 @@ class _Recipe:
             seed=self.seed,
             max_short_side=self.max_short_side,
         )
-        return replace(copy, id=f"{original.id}~{_digest(copy).hex()[:16]}{suffix}")
+        return replace(copy, id=f"{original.id}{_name_end(_digest(copy), suffix)}")
 
     def compile(self, size: tuple[int, int]) -> Any:
         """The program for one picture, uint8 [H, W, 3], and the two words of its key."""
@@ -155,6 +161,11 @@ def _digest(copy: Lineage) -> bytes:
     """Of all that decides what a copy shows."""
     causes = [VERSION, copy.original_sha256, copy.pipeline, copy.repeat, copy.seed, copy.max_short_side]
     return hashlib.sha256(json.dumps(causes).encode()).digest()
+
+
+def _name_end(digest: bytes, suffix: str) -> str:
+    """What a copy's name has more than its original's."""
+    return f"~{digest[:8].hex()}{suffix}"
 
 
 def _make_recipes(pipelines: Sequence[Function], seed: int, max_short_side: int) -> list[_Recipe]:
@@ -190,8 +201,7 @@ def _describe(dataset: Dataset) -> tuple[list[Lineage], list[str]]:
         # Of what is no image, `_look` will tell.
         return hashlib.sha256(content).hexdigest(), format_name(content) if is_image(content) else ""
 
-    with ThreadPoolExecutor() as pool:
-        found = list(show_progress(pool.map(describe, range(len(dataset))), "reading", len(dataset)))
+    found = list(map_threads(describe, len(dataset), "reading"))
     leave_out(dataset, [text if not sha256 else None for sha256, text in found], max_bad_fraction=0.0)
     originals = [Lineage(_place(dataset, index, form), sha256) for index, (sha256, form) in enumerate(found)]
     if len({original.id for original in originals}) < len(originals):
@@ -223,6 +233,12 @@ def _place(dataset: Dataset, index: int, form: str) -> str:
     if "/" in class_name or not is_place(place):
         raise DatasetError(
             f"{own} of class {class_name} gives no file's name, {place!r}: rename it, or the class"
+        )
+    longest = max(len(part.encode()) for part in f"{place}{_name_end(bytes(8), '.jpg')}".split("/"))
+    if longest > MAX_NAME_BYTES:
+        raise DatasetError(
+            f"{place}: it or its copies would have names of {longest} bytes; at most {MAX_NAME_BYTES} are "
+            "possible: give it, or its class, a shorter name"
         )
     return place
 
@@ -267,6 +283,9 @@ def _fill(
     """Make of the folder what is asked for, doing only what is left to do; say what that was."""
     wanted = {photo.id: photo for photos in (originals, *copies) for photo in photos}
     before = read_lineage(folder)
+    _require_no_links(folder, [*wanted, *before])
+    for parent in {folder, *((folder / own).parent for own in (*wanted, *before))}:
+        remove_partial(parent)
     done = _find_done(folder, wanted, before)
     jobs: _Jobs = defaultdict(list)
     for recipe, photos in zip(recipes, copies, strict=True):
@@ -275,11 +294,12 @@ def _fill(
                 jobs[index].append((recipe, photo))
     full_sizes = dict(zip(jobs, _look(dataset.select(list(jobs))), strict=True))
     sizes = {index: _reduce(size, recipes[0].max_short_side) for index, size in full_sizes.items()}
-    removed = [photo for own, photo in before.items() if own not in wanted]
-    for photo in removed:
-        _remove(folder, photo)
+    others = [photo for own, photo in before.items() if own not in wanted]
+    num_others = sum(bool(photo.original) for photo in others)
+    # What is still there stays in the lineage, too, or it would pass for an original.
+    theirs = [photo for photo in others if not _remove(folder, photo) and photo.original]
     # Before the first copy is there, so that at no time one would pass for an original.
-    write_lineage(folder, [done.get(own, photo) for own, photo in wanted.items()])
+    write_lineage(folder, [*(done.get(own, photo) for own, photo in wanted.items()), *theirs])
     for index, original in enumerate(originals):
         if original.id not in done:
             _write_original(folder / original.id, _content(dataset, index), original)
@@ -291,11 +311,12 @@ def _fill(
             file.flush()
             made += some
     done |= {copy.id: copy for copy in made}
-    write_lineage(folder, [done.get(own, photo) for own, photo in wanted.items()])
+    write_lineage(folder, [*(done.get(own, photo) for own, photo in wanted.items()), *theirs])
     num_copies = len(wanted) - len(originals)
     return (
         f"{folder}: {len(originals)} images and {num_copies} augmented copies ({len(made)} new, "
-        f"{num_copies - len(made)} from before; {sum(bool(photo.original) for photo in removed)} removed)"
+        f"{num_copies - len(made)} from before; {num_others - len(theirs)} removed"
+        f"{f'; {len(theirs)} changed by somebody and kept' if theirs else ''})"
     )
 
 
@@ -310,26 +331,15 @@ def _find_done(
         is_there = replace(known, sha256="") == replace(photo, sha256="") and path.is_file()
         return replace(photo, sha256=sha256) if is_there and file_sha256(path) == sha256 else None
 
-    with ThreadPoolExecutor() as pool:
-        found = show_progress(pool.map(find, wanted.values()), "checking", len(wanted))
-        return {photo.id: photo for photo in found if photo is not None}
+    photos = list(wanted.values())
+    found = map_threads(lambda index: find(photos[index]), len(photos), "checking")
+    return {photo.id: photo for photo in found if photo is not None}
 
 
 def _look(dataset: Dataset) -> list[tuple[int, int]]:
     """Heights and widths of photos that can all be decoded."""
-
-    def look(index: int) -> tuple[tuple[int, int], str | None]:
-        try:
-            photo = dataset.photo(index)
-            photo.decode(1)
-        except ImageError as error:
-            return (0, 0), str(error)
-        return photo.size, None
-
-    with ThreadPoolExecutor() as pool:
-        found = list(show_progress(pool.map(look, range(len(dataset))), "scanning", len(dataset)))
-    leave_out(dataset, [problem for _, problem in found], max_bad_fraction=0.0)
-    return [size for size, _ in found]
+    scan(dataset)
+    return list(map_threads(lambda index: dataset.photo(index).size, len(dataset), None))
 
 
 def _reduce(size: tuple[int, int], max_short_side: int) -> tuple[int, int]:
@@ -342,14 +352,25 @@ def _reduce(size: tuple[int, int], max_short_side: int) -> tuple[int, int]:
     return (short, long) if size[0] <= size[1] else (long, short)
 
 
-def _remove(folder: Path, photo: Lineage) -> None:
-    """Remove what is no longer asked for; an original that somebody has changed since is theirs."""
+def _remove(folder: Path, photo: Lineage) -> bool:
+    """Remove what is no longer asked for, unless somebody has changed it since; whether it is gone."""
     path = folder / photo.id
-    if photo.original or (path.is_file() and file_sha256(path) == photo.sha256):
-        path.unlink(missing_ok=True)
-    path.with_name(f".{path.name}").unlink(missing_ok=True)  # what a killed process was writing
+    if path.is_file():
+        # Of a copy that was being made when the process was killed, the name has to do.
+        was_being_made = photo.id == f"{photo.original}{_name_end(_digest(photo), path.suffix)}"
+        if file_sha256(path) == photo.sha256 if photo.sha256 else was_being_made:
+            path.unlink()
+    is_gone = not path.exists()
     with suppress(OSError):  # not empty
         path.parent.rmdir()
+    return is_gone
+
+
+def _require_no_links(folder: Path, ids: Iterable[str]) -> None:
+    """Raise if a link leads out of the folder to where one of the files is, or would be."""
+    for parent in {parent for own in ids for parent in PurePosixPath(own).parents}:
+        if parent != PurePosixPath() and (folder / parent).is_symlink():
+            raise DatasetError(f"{folder / parent} is a link: put a folder in its place, or give a new one")
 
 
 def _write_original(path: Path, content: bytes, original: Lineage) -> None:

@@ -4,7 +4,6 @@ import io
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 
 import numpy as np
@@ -16,7 +15,7 @@ from jaxcls.augment import copies, ops
 from jaxcls.augment.copies import augment_dataset
 from jaxcls.data.dataset import Dataset
 from jaxcls.data.folder import read_folder
-from jaxcls.data.lineage import LINEAGE_FILE, read_lineage
+from jaxcls.data.lineage import LINEAGE_FILE, Lineage, read_lineage
 from jaxcls.data.source import MemorySource
 from jaxcls.errors import DatasetError, UsageError
 from jaxcls.storage import Storage, file_sha256, locked
@@ -243,6 +242,42 @@ def test_what_others_have_put_there_stays(photos, tmp_path):
     np.testing.assert_array_equal(pixels(out / "red/1.png"), np.asarray(draw(4)))
 
 
+def test_a_copy_that_somebody_has_changed_stays_and_stays_a_copy(photos, tmp_path):
+    out = tmp_path / "out"
+    made = augment_dataset(photos, [MIRROR], out)
+    draw(3).save(out / made.ids[5])
+    said = []
+    augment_dataset(photos, [NOISE], out, report=said.append)
+    assert "(5 new, 0 from before; 4 removed; 1 changed by somebody and kept)" in said[0]
+    np.testing.assert_array_equal(pixels(out / made.ids[5]), np.asarray(draw(3)))
+    read = read_folder(out)
+    assert dict(zip(read.ids, read.origins, strict=True))[made.ids[5]] == made.origins[5]
+
+
+def test_a_lineage_that_names_a_file_of_somebodys_does_not_remove_it(photos, tmp_path):
+    out = tmp_path / "out"
+    augment_dataset(photos, [MIRROR], out)
+    draw(3).save(out / "red" / "theirs.png")
+    for sha256 in ("", "ab" * 32):
+        line = Lineage("red/theirs.png", sha256, "red/0.png", "cd" * 32, "Fliplr()", 0, 0, 640)
+        with (out / LINEAGE_FILE).open("a") as file:
+            file.write(line.to_line())
+        augment_dataset(photos, [MIRROR], out)
+        np.testing.assert_array_equal(pixels(out / "red/theirs.png"), np.asarray(draw(3)))
+
+
+def test_links_out_of_the_folder_are_refused(photos, tmp_path):
+    out = tmp_path / "out"
+    augment_dataset(photos, [MIRROR], out)
+    (out / "red").rename(tmp_path / "elsewhere")
+    (out / "red").symlink_to(tmp_path / "elsewhere")
+    before = contents(tmp_path / "elsewhere")
+    for some in (photos, photos.select([0, 1, 2])):
+        with pytest.raises(DatasetError, match="out/red is a link: put a folder in its place"):
+            augment_dataset(some, [NOISE], out)
+    assert contents(tmp_path / "elsewhere") == before
+
+
 def test_copies_are_not_copied(photos, tmp_path):
     made = augment_dataset(photos, [MIRROR], tmp_path / "out")
     again = augment_dataset(made, [NOISE], tmp_path / "again")
@@ -294,29 +329,41 @@ def test_no_copy_passes_for_an_original_wherever_the_work_breaks_off(
 
 
 def test_a_killed_process_is_taken_up_where_it_ended(tmp_path):
-    write_photos(tmp_path / "photos", {"blue": 150, "red": 150})
+    write_photos(tmp_path / "photos", {"blue": 15, "red": 15})
     code = """
+import itertools
+import sys
+from pathlib import Path
 from jaxcls import read_folder
 from jaxcls.augment import ops
 from jaxcls.augment.copies import augment_dataset
+replace, calls = Path.replace, itertools.count()
+def stop(path, target):
+    if next(calls) >= 50:  # the lineage, 30 originals and 19 copies are written
+        print("here", flush=True)
+        sys.stdin.read()
+    return replace(path, target)
+Path.replace = stop
 augment_dataset(read_folder("photos"), [ops.Fliplr(), ops.Flipud()], "out")
 """
-    process = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path)
-    lineage = tmp_path / "out" / LINEAGE_FILE
-    while process.poll() is None and not (lineage.exists() and lineage.read_bytes().count(b"\n") > 900 + 40):
-        time.sleep(0.002)
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        cwd=tmp_path, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stdout.readline() == "here\n"
     process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.communicate()
+    assert list((tmp_path / "out").rglob(".*"))
     photos = read_folder(tmp_path / "photos")
     known = read_lineage(tmp_path / "out")
     there = contents(tmp_path / "out")
     assert {own for own in there if not known[own].original} == set(photos.ids)
     num_known = sum(bool(line.original and line.sha256) for line in known.values())
-    assert 40 <= num_known < 600
+    assert num_known <= 19
     made, counts = augment(photos, [ops.Fliplr(), ops.Flipud()], tmp_path / "out")
-    assert counts == (600 - num_known, num_known, 0)
-    for index in (0, 150, 299):
-        np.testing.assert_array_equal(made.image(600 + index), photos.image(index)[::-1])
+    assert counts == (60 - num_known, num_known, 0)
+    for index in (0, 15, 29):
+        np.testing.assert_array_equal(made.image(60 + index), photos.image(index)[::-1])
     assert not list((tmp_path / "out").rglob(".*"))
 
 
@@ -392,6 +439,19 @@ def test_ids_and_classes_that_are_no_files_names_are_refused(tmp_path, ids, clas
     with pytest.raises(DatasetError, match=r"gives no file's name.*rename it, or the class"):
         augment_dataset(photos, [MIRROR], tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpeg"])
+def test_names_leave_room_for_those_of_their_copies(tmp_path, suffix):
+    def make(length):
+        name = "ü" * 100 + "n" * (length - 200 - len(suffix)) + suffix
+        items = [np.asarray(draw(0))] * 2
+        return Dataset("drawn", ("a", "b"), [0, 1], [name, f"2{suffix}"], MemorySource(items))
+
+    with pytest.raises(DatasetError, match=r"names of 256 bytes; at most 255 are possible.*a shorter name"):
+        augment_dataset(make(235), [MIRROR], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert len(augment_dataset(make(234), [MIRROR], tmp_path / "out")) == 4
 
 
 def test_ids_that_would_meet_in_one_file_are_refused(tmp_path):

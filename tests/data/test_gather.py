@@ -431,18 +431,18 @@ def test_kept_photos_are_compared_again_only_where_some_came_or_a_run_was_stoppe
     urls = [web.put(f"/{q}", encode(draw(1, (320, 240)), quality=q)) for q in (90, 60)]
 
     def stop(photos):
-        raise KeyboardInterrupt
+        raise RuntimeError("stopped")
 
     with monkeypatch.context() as patch:
         patch.setattr(gather_module, "find_duplicates", stop)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(RuntimeError, match="stopped"):
             run(web, {"cup": urls}, out)
     assert len(kept(out)) == 2
     gathered = run(web, {"cup": urls}, out)
     assert (gathered.num_new, gathered.counts) == (0, {"cup": 1})
     monkeypatch.setattr(gather_module, "find_duplicates", stop)
     assert run(web, {"cup": urls}, out).counts == {"cup": 1}
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(RuntimeError, match="stopped"):
         run(web, {"cup": [*urls, web.put("/other", encode(draw(2)))]}, out)
 
 

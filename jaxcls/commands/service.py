@@ -7,7 +7,7 @@ import shlex
 import subprocess
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import tyro
 from tyro.conf import OmitArgPrefixes, Positional
@@ -26,9 +26,6 @@ from jaxcls.commands.output import OutputOptions
 from jaxcls.errors import UsageError
 from jaxcls.serving.config import READY_SECONDS, ServiceConfig, require_extra
 from jaxcls.storage import Storage
-
-if TYPE_CHECKING:
-    from jaxcls.serving.client import Client
 
 KEY_VARIABLE = "JAXCLS_SERVICE_KEY"
 
@@ -89,12 +86,13 @@ class Score(Command):
     output: OmitArgPrefixes[OutputOptions] = field(default_factory=OutputOptions)
 
     def run(self) -> int:
-        from jaxcls.serving.client import is_url
+        from jaxcls.data.download import is_url
+        from jaxcls.serving.client import Client
 
         images: list[str | Path] = []
         for image in self.images:
             images += [image] if is_url(image) else expand([Path(image)])
-        with _open_service(self.service, self.key_file) as service:
+        with Client(*_find_service(self.service, self.key_file)) as service:
             predictions = service.predict(
                 images,
                 softmax=self.softmax,
@@ -180,8 +178,8 @@ class Loadtest(Command):
 
     uses_jax = False
 
-    url: Positional[str]
-    """The service's address, such as http://127.0.0.1:8000."""
+    service: Annotated[Positional[str], tyro.conf.arg(metavar="NAME|URL")]
+    """Of `jaxcls deploy`, or the service's address, such as http://127.0.0.1:8000."""
     images: Path
     """A folder of images, sent in turn."""
     rate: float | None = None
@@ -202,13 +200,14 @@ class Loadtest(Command):
 
         if self.out is not None and self.out.exists():
             raise UsageError(f"{self.out} exists: give a new folder")
+        url, key = _find_service(self.service, self.key_file)
         load = Load(
-            url=self.url,
+            url=url,
             images=choose_images(self.images),
             rate=self.rate,
             users=self.users,
             seconds=self.duration,
-            key=read_key(self.key_file, KEY_VARIABLE),
+            key=key,
         )
         with Storage.default().scratch() as temp:
             report = load_test(load, p99_ms=self.p99_ms, temp=temp)
@@ -251,12 +250,13 @@ class Docker(Command):
         return DONE
 
 
-def _open_service(service: str, key_file: Path | None) -> Client:
-    """The service at an address, or deployed under a name."""
-    from jaxcls.serving.client import Client, is_url
+def _find_service(service: str, key_file: Path | None) -> tuple[str, str | None]:
+    """Address and key of a service at an address, or deployed under a name."""
+    if "://" in service:
+        return service, read_key(key_file, KEY_VARIABLE)
+    if set(service) & set(":/."):
+        raise UsageError(f"{service} is no name of a deployment; for an address, write http://{service}")
+    from jaxcls.serving.deployment import Deployment
 
-    if not is_url(service):
-        from jaxcls.serving.deployment import Deployment
-
-        return Deployment(service).connect()
-    return Client(service, read_key(key_file, KEY_VARIABLE))
+    deployment = Deployment(service)
+    return deployment.service_url, deployment.service_key

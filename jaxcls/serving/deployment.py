@@ -103,13 +103,22 @@ class Deployment:
             raise DeploymentError(f"{self.name} is stopped: `jaxcls deploy {self.name}` starts it again")
         return status.service_url
 
+    @property
+    def service_key(self) -> str:
+        """What the service wants as `Authorization: Bearer`.
+
+        Raises:
+            DeploymentError: there is no such deployment, or its key cannot be read.
+        """
+        return self._entry.read_key()
+
     def connect(self) -> Client:
         """A client with the service's key.
 
         Raises:
             DeploymentError: there is no such deployment, or it is stopped.
         """
-        return Client(self.service_url, self._entry.read_key())
+        return Client(self.service_url, self.service_key)
 
     def score_image(
         self,

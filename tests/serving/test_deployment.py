@@ -216,6 +216,9 @@ def test_deploy_score_list_delete(name, classifiers, tmp_path, capsys):
     row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith(name))
     assert row.split()[1:6] == ["ready", "1", "2/2", "0", deployment.service_url]
 
+    load = ("--images", str(tmp_path), "--users", "1", "--duration", "0.5", "--out", str(tmp_path / "load"))
+    assert main(["loadtest", name, *load]) == 0
+
     processes = [supervisor(name), *supervisor(name).children()]
     assert main(["delete", name]) == 0
     assert all_gone(processes)

@@ -219,10 +219,22 @@ def test_an_image_that_the_service_refuses_is_named(scripted, folder, capsys):
 
 
 @pytest.mark.parametrize(
-    "url", ["127.0.0.1:8000", "ftp://host", "http://", "http://host:port", "http://a:b@c"]
+    ("url", "message"),
+    [
+        ("127.0.0.1:8000", "for an address, write http://127.0.0.1:8000"),
+        *(
+            (url, "not an address such as")
+            for url in ("ftp://host", "http://", "http://host:port", "http://a:b@c")
+        ),
+    ],
 )
-def test_bad_address(url, folder, capsys):
-    fails(capsys, 2, ["loadtest", url, "--images", str(folder), "--rate", "1"], url, "not an address such as")
+def test_bad_address(url, message, folder, capsys):
+    fails(capsys, 2, ["loadtest", url, "--images", str(folder), "--rate", "1"], url, message)
+
+
+def test_a_deployment_that_there_is_not(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("JAXCLS_HOME", str(tmp_path))
+    fails(capsys, 1, ["loadtest", "cups", "--images", str(folder), "--rate", "1"], "no deployment cups")
 
 
 @pytest.mark.parametrize(

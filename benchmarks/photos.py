@@ -89,14 +89,14 @@ class Reading(Program):
         open_stream: Callable[[], AbstractContextManager[Iterator[Any]]],
         task: Task,
         *,
-        num_ahead: int = 2 * (os.cpu_count() or 1) + 2,
+        num_ahead: int = 2 * len(os.sched_getaffinity(0)) + 2,
         to_host: Callable[[Any], np.ndarray] = np.asarray,
     ) -> None:
         self._open_stream, self._num_ahead, self._to_host = open_stream, num_ahead, to_host
         size = CORNER_SIZE if task.work == "decode" else task.image_size
         self._shape = (task.batch_size, size, size, 3)
         self.images_per_step = task.batch_size
-        self.details = {"dtype": "uint8", "num_cores": os.cpu_count() or 1}
+        self.details = {"dtype": "uint8", "num_cores": len(os.sched_getaffinity(0))}
 
     def run(self, num_steps: int) -> None:
         raise NotImplementedError("it opens and closes its stream around the time")
@@ -123,7 +123,7 @@ class Reading(Program):
 def workers_of(subject: str) -> int:
     """The number of processes in a subject's name: "jaxcls-2"; "max": one a core; without: 0, none."""
     number = subject.partition("-")[2] or "0"
-    return (os.cpu_count() or 1) if number == "max" else int(number)
+    return len(os.sched_getaffinity(0)) if number == "max" else int(number)
 
 
 def corner(pixels: np.ndarray, position: int) -> np.ndarray:

@@ -19,17 +19,17 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
-from io import BytesIO
 from itertools import accumulate, islice, pairwise
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 from PIL import Image
 
 from jaxcls.data.dataset import ID_DTYPE, Dataset
-from jaxcls.data.images import MAX_PIXELS
+from jaxcls.data.images import MAX_PIXELS, encode, format_name
 from jaxcls.errors import DatasetError, ImageError, UsageError
 from jaxcls.preprocess import Preprocess
 from jaxcls.progress import show_progress
@@ -123,7 +123,8 @@ def write_arrayrecord(
         shards: the number of files, at most N.
 
     Raises:
-        DatasetError: no photos, one that cannot be read, something at `path`, or a failure to write.
+        DatasetError: no photos, an id twice, one that cannot be read, something at `path`, or a failure to
+            write.
         UsageError: `size` or `shards` below 1.
     """
     path = Path(path)
@@ -131,6 +132,8 @@ def write_arrayrecord(
         raise DatasetError(f"{path} exists: choose another path, or move it away")
     if not len(dataset):
         raise DatasetError(f"dataset {dataset.name} has no images: there is nothing to write")
+    if len(set(dataset.ids)) < len(dataset):
+        raise DatasetError(f"dataset {dataset.name} has the same id twice: give each photo its own")
     if shards < 1:
         raise UsageError(f"shards {shards}: there must be at least one")
     if size is not None and size < 1:
@@ -180,7 +183,7 @@ def read_arrayrecord(path: str | Path, *, verify: bool = False, max_pixels: int 
             max_pixels=max_pixels,
             origins=_unpack("origins", index) if "origins" in index else None,
         )
-    except (KeyError, ValueError, UsageError) as error:
+    except (BadZipFile, EOFError, KeyError, OSError, TypeError, ValueError, UsageError) as error:
         raise DatasetError(f"{path}: {INDEX} does not fit {MANIFEST}: {error}") from error
 
 
@@ -220,23 +223,12 @@ def _encode(dataset: Dataset, size: int | None, index: int) -> bytes:
     """A photo as it is written."""
     item = dataset.source[index]
     if size is None:
-        return item if isinstance(item, bytes) else _save(dataset.photo(index).decode(None), "PNG")
+        return item if isinstance(item, bytes) else encode(dataset.photo(index).decode(None), "PNG")
     photo = dataset.photo(index)
     if isinstance(item, bytes) and min(photo.size) <= size:
         return item
     picture = Image.fromarray(Preprocess().shrink(photo.decode(size), size))
-    return _save(picture, "JPEG" if isinstance(item, bytes) and item.startswith(_JPEG) else "PNG")
-
-
-def _save(picture: Image.Image, format_: str) -> bytes:
-    file = BytesIO()
-    picture.save(file, format_, **(_JPEG_OPTIONS if format_ == "JPEG" else {}))
-    return file.getvalue()
-
-
-_JPEG = b"\xff\xd8\xff"
-# With colours at half the resolution (4:2:0) they would be averaged twice, once before the photo was resized.
-_JPEG_OPTIONS = {"quality": 95, "subsampling": "4:4:4"}
+    return encode(picture, "JPEG" if isinstance(item, bytes) and format_name(item) == "JPEG" else "PNG")
 
 
 def _write_index(dataset: Dataset, folder: Path) -> None:
@@ -258,10 +250,15 @@ def _pack(name: str, texts: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def _unpack(name: str, arrays: Mapping[str, np.ndarray]) -> np.ndarray:
-    """The inverse of `_pack`."""
-    encoded = arrays[name].tobytes()
-    bounds = pairwise([0, *arrays[f"{name}_ends"].tolist()])
-    return np.asarray([encoded[start:stop].decode() for start, stop in bounds], ID_DTYPE)
+    """The inverse of `_pack`.
+
+    Raises:
+        KeyError, TypeError, ValueError: the arrays are not what it makes.
+    """
+    encoded, ends = arrays[name].tobytes(), [0, *arrays[f"{name}_ends"].tolist()]
+    if ends != sorted(ends) or ends[-1] != len(encoded):
+        raise ValueError(f"{name} do not end where they should")
+    return np.asarray([encoded[start:stop].decode() for start, stop in pairwise(ends)], ID_DTYPE)
 
 
 def _write_manifest(dataset: Dataset, folder: Path, counts: list[int]) -> None:

@@ -3,7 +3,6 @@
 import json
 import shlex
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -16,14 +15,12 @@ from jaxcls.data.arrayrecord import RecordSource, Shard
 from jaxcls.data.dataset import ID_DTYPE, UNLABELLED, Dataset
 from jaxcls.data.images import MAX_PIXELS
 from jaxcls.errors import DatasetError, ImageError
-from jaxcls.progress import show_progress
+from jaxcls.progress import map_threads
 
 with epy.lazy_imports():
     import tensorflow_datasets as tfds  # takes a good part of a second
 
 FILE_FORMAT = "array_record"
-NUM_LABELS_AT_ONCE = 1024
-"""How many labels a thread reads before it takes more."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -190,19 +187,15 @@ def _ids(shards: Iterable[Shard]) -> Iterator[str]:
 
 
 def _read_labels(source: ExampleSource, label: str, num_classes: int) -> np.ndarray:
-    """int32 [N], read on several threads, few examples at a time."""
-    starts = range(0, len(source), NUM_LABELS_AT_ONCE)
+    """int32 [N], read on several threads."""
 
-    def read(start: int) -> list[int]:
-        stop = min(start + NUM_LABELS_AT_ONCE, len(source))
-        return [source.example(index)[label] for index in range(start, stop)]
+    def read(index: int) -> int:
+        return source.example(index)[label]
 
     try:
-        with ThreadPoolExecutor() as pool:
-            parts = list(show_progress(pool.map(read, starts), "reading labels", len(starts)))
+        labels = np.fromiter(map_threads(read, len(source), "reading labels"), np.int64, len(source))
     except ImageError as error:
         raise DatasetError(f"{error}: copy or prepare the dataset again") from error
-    labels = np.concatenate(parts)
     if not UNLABELLED <= labels.min() <= labels.max() < num_classes:
         raise DatasetError(f"{source.records.place(0)}: labels outside [-1, {num_classes}): prepare it again")
     return labels.astype(np.int32)

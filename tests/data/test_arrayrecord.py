@@ -24,6 +24,7 @@ from jaxcls.data.folder import read_folder
 from jaxcls.errors import DatasetError, ImageError, UsageError
 from jaxcls.pipeline import evaluation_batches, training_batches
 from jaxcls.preprocess import Preprocess
+from jaxcls.storage import file_sha256
 
 
 def encode(image, kind="JPEG", **options):
@@ -256,6 +257,39 @@ def test_a_flipped_bit_in_the_index(records):
     flip(records / INDEX, 300)
     with pytest.raises(DatasetError, match=r"index.npz is damaged"):
         read_arrayrecord(records)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"ids_ends": np.array([9, 2, 3])},
+        {"ids_ends": np.array(3)},
+        {"ids_ends": np.array([0.5, 1.5, 2.5])},
+        {"labels": np.array(["a", "b", "c"])},
+        {"ids": None},
+        None,
+    ],
+)
+def test_an_index_of_the_right_checksum_that_is_none(records, change):
+    index = records / INDEX
+    if change is None:
+        index.write_bytes(b"PK garbage")
+    else:
+        with np.load(index) as file:
+            arrays = {**file, **change}
+        np.savez(index, **{name: array for name, array in arrays.items() if array is not None})
+    manifest = json.loads((records / MANIFEST).read_text())
+    manifest["files"][INDEX] = {"bytes": index.stat().st_size, "sha256": file_sha256(index)}
+    (records / MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(DatasetError, match=f"{INDEX} does not fit"):
+        read_arrayrecord(records)
+
+
+def test_ids_that_occur_twice_are_not_written(tmp_path):
+    photos = labelled([encode(draw(seed)) for seed in range(2)], ["a.jpg", "a.jpg"])
+    with pytest.raises(DatasetError, match="the same id twice"):
+        write_arrayrecord(photos, tmp_path / "records")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ errors
 storage progress
 parallel
 predictions
-data.images data.download data.source data.splitting data.lineage data.dataset data.inventory data.folder data.lists
+data.images data.download data.source data.lines data.splitting data.lineage data.dataset data.inventory data.folder data.lists
 data.hashing data.alignment data.duplicates
 data.pacing data.image_search data.provenance data.gather
 data.beneath data.annotations data.moves

@@ -52,7 +52,7 @@ class Info(PhotoCommand):
             dataset = self._read(self.path, None)
             print(dataset.summary())
             if self.inventory is not None:
-                print(_update_inventory(dataset, self.inventory))
+                _update_inventory(dataset, self.inventory)
             jaxcls.scan(dataset)
             print("every image can be decoded")
             dataset = dataset.originals()
@@ -75,14 +75,17 @@ class Info(PhotoCommand):
         return check_labels(dataset, self.start.load(), cache=feature_cache(), progress=True, report=note)
 
 
-def _update_inventory(dataset: jaxcls.Dataset, path: Path) -> str:
-    """What changed since the file at `path` was written, which is written anew."""
+def _update_inventory(dataset: jaxcls.Dataset, path: Path) -> None:
+    """Say what changed since the file at `path` was written, and write it anew."""
     before = read_inventory(path) if path.exists() else None
     now = take_inventory(dataset)
-    now.write(path)
     if before is None:
-        return f"inventory of {len(now)} images: {path}"
-    return f"since {path} was written: {compare_inventories(before, now)}"
+        now.write(path)
+        print(f"inventory of {len(now)} images: {path}")
+        return
+    # First told, then written: what could not be printed is told the next time.
+    print(f"since {path} was written: {compare_inventories(before, now)}", flush=True)
+    now.carry_over(before).write(path)
 
 
 def _describe_installation() -> str:

@@ -14,6 +14,7 @@ from tyro.conf import OmitArgPrefixes, Positional
 import jaxcls
 from jaxcls.commands.base import DONE, Command, HtmlReport, PhotoCommand, expand, read_lines, report
 from jaxcls.commands.output import OutputOptions
+from jaxcls.data.lines import from_line
 from jaxcls.errors import UsageError
 from jaxcls.models.precision import PLATFORMS, Platform, Precision
 
@@ -36,7 +37,7 @@ class EvaluationCommand(PhotoCommand):
         classifier = jaxcls.load(self.model)
         dataset = self.read(self.data, classifier.classes)
         if self.ids is not None:
-            dataset = dataset.select_ids(read_lines(self.ids))
+            dataset = dataset.select_ids([from_line(line) for line in read_lines(self.ids)])
         if not self.allow_copies and (num_copies := int(dataset.is_copy.sum())):
             raise UsageError(
                 f"{num_copies} of the {len(dataset)} images in {self.data} are augmented copies: give the "

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from jaxcls.data.dataset import ID_DTYPE, Dataset
+from jaxcls.data.lines import MARK, escape, unescape
 from jaxcls.errors import ImageError, UsageError
 from jaxcls.progress import map_threads
 from jaxcls.storage import write_whole
@@ -21,9 +22,6 @@ NUM_SHOWN = 20
 """Photos of a kind that a description names."""
 
 _LINE = re.compile(r"(\\?)([0-9a-f]{64}) [ *](.+)\n")
-_MARK = "\\"
-_ESCAPES = {_MARK: r"\\", "\n": r"\n", "\r": r"\r"}
-_PLAIN = {escaped: character for character, escaped in _ESCAPES.items()}
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,7 +30,7 @@ class Inventory:
 
     Attributes:
         ids: string [N].
-        digests: uint8 [N, 32]: sha256 of each photo as it is stored.
+        digests: uint8 [N, 32]: sha256 of each photo as it is stored, or was when it could be read last.
         unreadable: photos that could not be read, and are not among the N.
     """
 
@@ -42,6 +40,17 @@ class Inventory:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def carry_over(self, before: "Inventory") -> "Inventory":
+        """This one, with what unreadable photos held before: else they would be new the next time."""
+        row_of = {name: row for row, name in enumerate(before.ids)}
+        kept = [name for name in self.unreadable if name in row_of]
+        rows = np.asarray([row_of[name] for name in kept], np.int64)
+        return Inventory(
+            np.concatenate([self.ids, np.asarray(kept, ID_DTYPE)]),
+            np.concatenate([self.digests, before.digests[rows]]),
+            tuple(name for name in self.unreadable if name not in row_of),
+        )
 
     def write(self, path: Path) -> None:
         """Write or replace its file in one step.
@@ -174,8 +183,8 @@ def _rows(digests: Iterable[bytes]) -> np.ndarray:
 
 def _line(name: str, digest: np.ndarray) -> str:
     """As `sha256sum` writes it: a backslash at the beginning says that there are more in the name."""
-    escaped = re.sub(r"[\\\n\r]", lambda found: _ESCAPES[found[0]], name)
-    return f"{'' if escaped == name else _MARK}{digest.tobytes().hex()}  {escaped}\n"
+    escaped = escape(name)
+    return f"{'' if escaped == name else MARK}{digest.tobytes().hex()}  {escaped}\n"
 
 
 def _parse(line: str, where: str) -> tuple[str, bytes]:
@@ -183,6 +192,4 @@ def _parse(line: str, where: str) -> tuple[str, bytes]:
     if found is None:
         raise UsageError(f"{where} is none of an inventory: give the file of one, or a new one")
     mark, digest, name = found.groups()
-    if mark:
-        name = re.sub(r"\\[\\nr]", lambda escape: _PLAIN[escape[0]], name)
-    return name, bytes.fromhex(digest)
+    return unescape(name) if mark else name, bytes.fromhex(digest)

@@ -10,7 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
+from jaxcls.data.lines import from_line, to_line
 from jaxcls.errors import DatasetError, UsageError
+from jaxcls.storage import write_whole
 
 FREE, TRAINING, TEST = 0, 1, 2
 """The sides of units."""
@@ -177,28 +179,31 @@ def choose_training(strata: Strata, target: int) -> np.ndarray:
 
 
 def write_split(folder: Path, train_ids: Iterable[str], test_ids: Iterable[str]) -> None:
-    """Write the ids of both sides into a folder, for `read_split`."""
+    """Write the ids of both sides into a folder, for `read_split`, which finds both or a file missing."""
+    (folder / TEST_IDS).unlink(missing_ok=True)
     for name, ids in ((TRAIN_IDS, train_ids), (TEST_IDS, test_ids)):
-        with (folder / name).open("w", encoding="utf-8", newline="") as file:
-            file.writelines(f"{i}\n" for i in ids)
+        write_whole(folder / name, "".join(f"{to_line(i)}\n" for i in ids).encode())
 
 
 def read_split(folder: Path) -> tuple[list[str], list[str]]:
     """The ids of both sides that `write_split` wrote into a folder: training, test.
 
     Raises:
-        UsageError: they are not there, or cannot be read.
+        UsageError: one is not there, cannot be read or is cut off, or none was trained on.
     """
     sides = []
     for name in (TRAIN_IDS, TEST_IDS):
         try:
             with (folder / name).open(encoding="utf-8", newline="") as file:
-                sides.append(file.read().split("\n")[:-1])
+                *lines, rest = file.read().split("\n")
         except (OSError, UnicodeDecodeError) as error:
             reason = getattr(error, "strerror", None) or "it is no UTF-8"
             raise UsageError(
                 f"{folder / name} cannot be read: {reason}: give the folder of a run that held photos out"
             ) from error
+        if rest or not lines and name == TRAIN_IDS:
+            raise UsageError(f"{folder / name} is cut off: give the folder of another run, or split anew")
+        sides.append([from_line(line) for line in lines])
     return sides[0], sides[1]
 
 

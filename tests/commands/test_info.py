@@ -1,5 +1,8 @@
 """`jaxcls info --inventory`: what became of the photos since it was asked last."""
 
+from contextlib import closing, suppress
+from pathlib import Path
+
 import pytest
 from conftest import write_photos
 
@@ -35,6 +38,30 @@ def test_changes_are_told_though_an_image_cannot_be_decoded(folder, tmp_path, ca
     lines_of(capsys, command)
     (folder / "red/bad.png").write_text("no photo")
     assert "  added: red/bad.png" in lines_of(capsys, command, code=1)
+
+
+def test_a_photo_that_is_unreadable_once_is_no_new_one_afterwards(folder, tmp_path, capsys):
+    command = [folder, "--inventory", tmp_path / "list"]
+    lines_of(capsys, command)
+    (folder / "red/0.png").rename(tmp_path / "away.png")
+    (folder / "red/0.png").symlink_to(tmp_path / "nowhere.png")
+    for _ in range(2):
+        lines = lines_of(capsys, command, code=1)
+        assert [line for line in lines if ": red/0.png" in line] == ["  unreadable: red/0.png"]
+    (folder / "red/0.png").unlink()
+    (folder / "red/0.png").write_bytes((folder / "red/1.png").read_bytes())
+    assert "  changed: red/0.png" in lines_of(capsys, command)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="what cannot be printed is tried there")
+def test_what_cannot_be_printed_is_told_the_next_time(folder, tmp_path, capsys, monkeypatch):
+    command = [folder, "--inventory", tmp_path / "list"]
+    lines_of(capsys, command)
+    (folder / "red/0.png").unlink()
+    with monkeypatch.context() as patch, suppress(OSError), closing(Path("/dev/full").open("w")) as full:
+        patch.setattr("sys.stdout", full)
+        main(["info", *map(str, command)])
+    assert "  removed: red/0.png" in lines_of(capsys, command)
 
 
 def test_what_is_no_inventory_stays_as_it_is(folder, tmp_path, capsys):

@@ -3,6 +3,7 @@
 import time
 from collections import Counter
 from itertools import combinations
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -178,11 +179,15 @@ def test_a_large_split_is_kept_in_a_moment():
 
 def test_files_bear_every_id(tmp_path):
     names = ["a/é.png", "b/tab\there", "b/carriage\rreturn", "b/line\u2028separator", " c", "d "]
-    write_split(tmp_path, names[:4], names[4:])
-    assert read_split(tmp_path) == (names[:4], names[4:])
+    odd = ["b/line\nend", "\\b/\\n", "b\\n\r\n", "\\"]
+    write_split(tmp_path, names[:4] + odd, names[4:])
+    assert read_split(tmp_path) == (names[:4] + odd, names[4:])
     assert (tmp_path / "test_ids.txt").read_bytes() == b" c\nd \n"
     write_split(tmp_path, names, [])
     assert read_split(tmp_path) == (names, [])
+    # As they were written before anything was escaped.
+    (tmp_path / "train_ids.txt").write_text("\\b/a.png\nb/c\\d\n")
+    assert read_split(tmp_path)[0] == ["\\b/a.png", "b/c\\d"]
     (tmp_path / "train_ids.txt").write_bytes(b"caf\xe9\n")
     with pytest.raises(UsageError, match=r"train_ids\.txt cannot be read: it is no UTF-8"):
         read_split(tmp_path)
@@ -190,4 +195,31 @@ def test_files_bear_every_id(tmp_path):
     with pytest.raises(
         UsageError, match=r"train_ids\.txt cannot be read: No such file .*: give the folder of a run"
     ):
+        read_split(tmp_path)
+
+
+@pytest.mark.parametrize("step", [1, 2])
+def test_a_split_whose_writing_was_stopped_is_an_error_and_not_half_of_it(tmp_path, monkeypatch, step):
+    write_split(tmp_path, ["a", "b", "c"], ["d"])
+    replace, steps = Path.replace, iter(range(1, 3))
+
+    def stop(self, target):
+        if next(steps) == step:
+            raise KeyboardInterrupt
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", stop)
+    with pytest.raises(KeyboardInterrupt):
+        write_split(tmp_path, ["a", "b"], ["c", "d"])
+    with pytest.raises(UsageError, match=r"test_ids\.txt cannot be read: No such file"):
+        read_split(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("train", "test", "name"), [("a\nb", "c\n", "train"), ("a\n", "c\nd", "test"), ("", "a\n", "train")]
+)
+def test_files_that_are_cut_off_are_an_error(tmp_path, train, test, name):
+    (tmp_path / "train_ids.txt").write_text(train)
+    (tmp_path / "test_ids.txt").write_text(test)
+    with pytest.raises(UsageError, match=rf"{name}_ids\.txt is cut off: give the folder of another run"):
         read_split(tmp_path)

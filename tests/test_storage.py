@@ -344,6 +344,9 @@ def test_commands_write_nothing_outside_the_three_roots(tmp_path, backbone):
     """Neither at home, nor where they run, nor where the system keeps what is temporary."""
     photos = write_photos(tmp_path / "photos", {"blue": 6, "red": 6})
     network = jaxcls.create_model("resnet18", ("blue", "red"), image_size=32).save(tmp_path / "network")
+    (tmp_path / "queries.json").write_text(
+        json.dumps({name: [str(photos / name)] for name in ("blue", "red")})
+    )
     places = {
         name: tmp_path / "empty" / name for name in ("HOME", "TMPDIR", "XDG_CONFIG_HOME", "XDG_DATA_HOME")
     }
@@ -351,13 +354,15 @@ def test_commands_write_nothing_outside_the_three_roots(tmp_path, backbone):
         place.mkdir(parents=True)
     given = {path: file_sha256(path) for path in tmp_path.rglob("*") if path.is_file()}
     outputs = tmp_path / "jaxcls" / "outputs"
-    run, out = outputs / "run", outputs / "augmented"
+    run, tested = outputs / "run", outputs / "evaluation"
     commands = (
-        ("augment", photos, "--pipeline", "Fliplr(0.5)", "--out", out),
         ("augment", photos, "--pipeline", "Fliplr(0.5)"),
-        ("train", out, "--backbone", network, "--num-epochs", "1", "--batch-size", "4", "--out", run),
-        ("evaluate", run / "classifier", out, "--ids", run / "test_ids.txt", "--out", outputs / "evaluation"),
+        ("train", photos, "--backbone", network, "--num-epochs", "1", "--batch-size", "4", "--out", run),
+        ("evaluate", run / "classifier", photos, "--ids", run / "test_ids.txt", "--out", tested),
         ("pack", photos, "--out", outputs / "packed"),
+        ("svm", photos, "--backbone", network, "--out", outputs / "svm"),
+        ("info", photos, "--inventory", outputs / "inventory.txt"),
+        ("gather", tmp_path / "queries.json", "--out", outputs / "gathered"),
     )
     environment = {name: str(place) for name, place in places.items()} | {
         "PATH": os.environ["PATH"], "JAXCLS_HOME": str(tmp_path / "jaxcls"), "JAX_PLATFORMS": "cpu",

@@ -1,9 +1,9 @@
 """Augmented copies: each pipeline applied once to every photo, in one folder with the photos themselves.
 
 Below `CLASS/` lie the originals, byte for byte, beside each its copies; `lineage.jsonl` says what each is.
-What is drawn for a copy depends on its original's bytes, the pipeline and the seed, and on nothing else: photos
-that come later leave all others as they are. Its pixels depend on the versions of JAX and Pillow and on the
-device, too; what others of them made is not made again.
+What is drawn for a copy depends on its original's bytes, the pipeline and the seed, and on nothing else:
+photos that come later leave all others as they are. Its pixels depend on the versions of JAX and Pillow and
+on the device, too; what others of them made is not made again.
 
 | original | its copies |
 | --- | --- |

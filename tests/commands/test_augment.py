@@ -1,14 +1,17 @@
 """`jaxcls augment`, and what training and evaluating make of its folder."""
 
+import shutil
+
 import pytest
 from conftest import write_photos
 from PIL import Image
 
-import jaxcls
-from jaxcls.augment.copies import MAX_SHORT_SIDE
+from jaxcls.augment.copies import MAX_SHORT_SIDE, augment_dataset
+from jaxcls.augment.ops import parse
 from jaxcls.cli import main
 from jaxcls.commands.augment import Augment
 from jaxcls.commands.training import SplitOptions, TrainingCommand
+from jaxcls.data.folder import read_folder
 
 MIRROR, NOISE = "Fliplr()", "Sequential([Fliplr(0.5), AdditiveGaussianNoise(scale=(5, 10))])"
 
@@ -25,19 +28,20 @@ def folder(tmp_path):
     return write_photos(tmp_path / "photos", {"blue": 6, "red": 6})
 
 
-@pytest.fixture
-def augmented(folder, tmp_path, capsys):
-    out = tmp_path / "augmented"
-    assert main(["augment", str(folder), "--pipeline", MIRROR, "--pipeline", NOISE, "--out", str(out)]) == 0
-    expected = "12 images and 24 augmented copies (24 new, 0 from before; 0 removed)"
-    assert capsys.readouterr().out == f"{out}: {expected}\n"
+@pytest.fixture(scope="module")
+def made(tmp_path_factory, compilation_cache):
+    """What is made of those photos once, to be copied."""
+    home = tmp_path_factory.mktemp("made")
+    folder, out = write_photos(home / "photos", {"blue": 6, "red": 6}), home / "augmented"
+    said = []
+    augment_dataset(read_folder(folder), [parse(MIRROR), parse(NOISE)], out, report=said.append)
+    assert said == [f"{out}: 12 images and 24 augmented copies (24 new, 0 from before; 0 removed)"]
     return out
 
 
 @pytest.fixture
-def network(backbone, tmp_path):
-    """A saved classifier, for its backbone."""
-    return str(jaxcls.create_model("resnet18", ("blue", "red"), image_size=32).save(tmp_path / "network"))
+def augmented(made, tmp_path):
+    return shutil.copytree(made, tmp_path / "augmented")
 
 
 def fails(capsys, code, arguments, *parts):
@@ -83,23 +87,21 @@ def test_originals_are_held_out_as_without_copies(folder, augmented, tmp_path, c
     assert "24 augmented copies of test images are left out" in capsys.readouterr().err
 
 
+def test_copies_are_not_evaluated_on_unless_that_is_asked_for(augmented, served_model, capsys):
+    refused = f"24 of the 36 images in {augmented} are augmented copies"
+    fails(capsys, 2, ["evaluate", str(served_model), str(augmented)], refused, "--allow-copies", "--ids")
+
+
+@pytest.mark.slow
 def test_copies_are_trained_on_and_evaluated_on_only_where_that_is_asked_for(
-    augmented, network, tmp_path, capsys
+    augmented, served_model, tmp_path, capsys
 ):
     model = str(tmp_path / "svm.jaxcls")
-    assert main(["svm", str(augmented), "--backbone", network, "--out", model]) == 0
+    assert main(["svm", str(augmented), "--backbone", str(served_model), "--out", model]) == 0
     captured = capsys.readouterr()
     assert "features of 0 of 21 images were kept" in captured.err  # of 7 photos and their 14 copies
     assert "of 5 images" in captured.out
     evaluate = ["evaluate", model, str(augmented)]
-    fails(
-        capsys,
-        2,
-        evaluate,
-        f"24 of the 36 images in {augmented} are augmented copies",
-        "--allow-copies",
-        "--ids",
-    )
     assert main([*evaluate, "--allow-copies"]) == 0
     assert "of 36 images" in capsys.readouterr().out
     assert main([*evaluate, "--ids", f"{model}/test_ids.txt"]) == 0
@@ -126,9 +128,9 @@ def test_photos_that_are_their_own_output(folder, capsys):
     fails(capsys, 2, [*command, str(folder / "more")], "lie in each other: give a folder elsewhere")
 
 
-def test_a_damaged_lineage(augmented, network, capsys):
+def test_a_damaged_lineage(augmented, served_model, capsys):
     (augmented / "lineage.jsonl").write_text("nothing\n")
-    for command in (["evaluate", network, str(augmented)], ["info", str(augmented)]):
+    for command in (["evaluate", str(served_model), str(augmented)], ["info", str(augmented)]):
         fails(capsys, 1, command, "lineage.jsonl: line 1 is damaged", "augment the photos again")
 
 

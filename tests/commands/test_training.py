@@ -24,19 +24,13 @@ def folder(tmp_path):
     return write_photos(tmp_path / "photos", {"blue": 10, "red": 10})
 
 
-@pytest.fixture
-def network(backbone, tmp_path):
-    """A saved classifier, for its backbone."""
-    return str(jaxcls.create_model("resnet18", ("blue", "red"), image_size=32).save(tmp_path / "network"))
-
-
 def divide(folder, **options):
     return TrainingCommand(data=folder, split=SplitOptions(**options)).divide()
 
 
-def test_photos_that_are_added_later_leave_the_others_on_their_sides(folder, network, tmp_path, capsys):
+def test_photos_that_are_added_later_leave_the_others_on_their_sides(folder, served_model, tmp_path, capsys):
     out = tmp_path / "svm.jaxcls"
-    assert main(["svm", str(folder), "--backbone", network, "--out", str(out)]) == 0
+    assert main(["svm", str(folder), "--backbone", str(served_model), "--out", str(out)]) == 0
     jaxcls.load(out)
     before = read_split(out)
     assert [len(side) for side in before] == [13, 7]

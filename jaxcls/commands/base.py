@@ -61,11 +61,11 @@ class PhotoCommand(Command):
     def _read(self, path: Path, classes: Sequence[str] | None) -> jaxcls.Dataset:
         """What lies at `path`; a folder of photos unless it is something else."""
         from jaxcls.data.arrayrecord import is_arrayrecord, read_arrayrecord
-        from jaxcls.data.lists import SUFFIXES, read_list
+        from jaxcls.data.lists import LIST_READERS, read_list
 
         if is_arrayrecord(path):
             photos = read_arrayrecord(path, max_pixels=self.max_pixels)
-        elif path.suffix.lower() in SUFFIXES and not path.is_dir():
+        elif path.suffix.lower() in LIST_READERS and not path.is_dir():
             photos = read_list(path, max_pixels=self.max_pixels)
         else:
             return jaxcls.read_folder(path, classes=classes, max_pixels=self.max_pixels)

@@ -91,11 +91,12 @@ def read_folder(
 ) -> Dataset:
     """Read a folder of photos: each sub-folder is a class, folders below it belong to it.
 
-    Links are followed, each folder once. Skipped and counted are hidden files, files that are no images (by
-    suffix), images outside any class folder, images whose names are not UTF-8, links in a circle and folders
-    that cannot be read; a class folder without images is left out and named. Files of 0 bytes, which `scan`
-    refuses, and names that differ only by case or Unicode form, which other file systems would take for one,
-    are named too. `summary()` tells of all.
+    Links are followed, each folder once, and none to a folder that is read anyway: a link that is added later
+    changes no id of what lies below `path`. Skipped and counted are such links, hidden files, files that are
+    no images (by suffix), images outside any class folder, images whose names are not UTF-8, links in a
+    circle and folders that cannot be read; a class folder without images is left out and named. Files of 0
+    bytes, which `scan` refuses, and names that differ only by case or Unicode form, which other file systems
+    would take for one, are named too. `summary()` tells of all.
 
     Photos that are added later leave the ids of the others as they are. Augmented copies are known by the
     folder's lineage file; those whose original is gone are skipped and counted.
@@ -185,6 +186,7 @@ def _walk(root: Path, listing: Listing) -> Iterator[tuple[str, list[str]]]:
     In it, a folder's place among the files beside it is that of its name with "/".
     """
     seen: set[Identity] = set()
+    home = os.path.realpath(root)
     # A folder to read, with the folders above it, or images to give. No recursion: paths may be very deep.
     pending: list[tuple[str, tuple[Identity, ...], list[str] | None]] = [("", (), None)]
     while pending:
@@ -196,7 +198,7 @@ def _walk(root: Path, listing: Listing) -> Iterator[tuple[str, list[str]]]:
         try:
             status = (root / prefix).stat()
             identity = (status.st_dev, status.st_ino)
-            if identity in seen:
+            if identity in seen or (prefix and _is_second_way(root / prefix, home)):
                 (listing.circles if identity in above else listing.again).add([prefix[:-1]])
                 continue
             images, folders = _read(root, prefix, listing)
@@ -259,6 +261,16 @@ def _read(root: Path, prefix: str, listing: Listing) -> tuple[list[str], list[st
     listing.circles.add(circles, prefix)
     listing.alike.add(_alike([*images, *folders]), prefix)
     return images, folders
+
+
+def _is_second_way(path: Path, home: str) -> bool:
+    """Whether this is a link to a folder that is read below `home` without it: hidden ones are not."""
+    if not path.is_symlink():
+        return False
+    target = Path(os.path.realpath(path))
+    return target.is_relative_to(home) and not any(
+        part.startswith(".") for part in target.relative_to(home).parts
+    )
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:

@@ -37,7 +37,7 @@ def read_list(
 
     Raises:
         DatasetError: no such list, another suffix, no rows, a row that is malformed or repeats a path, or
-            photos that are not there.
+            photos that are not there or cannot be reached.
     """
     path = Path(path)
     root = path.parent if root is None else Path(root)
@@ -52,7 +52,9 @@ def read_list(
         labels.append(label)
     if not lines:
         raise DatasetError(f"{path} lists no photos")
-    if missing := [photo for photo in lines if not (root / photo).is_file()]:
+    if missing := [
+        photo for photo, line in lines.items() if not _is_file(root / photo, f"{path}, line {line}")
+    ]:
         raise DatasetError(
             f"{path}: {len(missing)} of {len(lines)} photos are not there, first {root / missing[0]} "
             f"(line {lines[missing[0]]}): mend the list, or put it where its paths start (root=)"
@@ -70,11 +72,20 @@ def read_list(
     )
 
 
+def _is_file(photo: Path, where: str) -> bool:
+    try:
+        return photo.is_file()
+    except OSError as error:  # a name that is too long, a folder that is locked
+        raise DatasetError(
+            f"{where}: {photo!s:.200}: {error.strerror}: mend the line, or its folder"
+        ) from error
+
+
 def _rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
     """The rows with the lines that they end in."""
-    read = SUFFIXES.get(path.suffix.lower())
+    read = LIST_READERS.get(path.suffix.lower())
     if read is None:
-        raise DatasetError(f"{path}: a list of photos ends in {' or '.join(SUFFIXES)}")
+        raise DatasetError(f"{path}: a list of photos ends in {' or '.join(LIST_READERS)}")
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             yield from read(path, file)
@@ -110,7 +121,7 @@ def _json_rows(path: Path, file: TextIO) -> Iterator[tuple[int, Mapping[str, Any
         yield number, row
 
 
-SUFFIXES: Mapping[str, Callable[[Path, TextIO], Iterator[tuple[int, Mapping[str, Any]]]]] = {
+LIST_READERS: Mapping[str, Callable[[Path, TextIO], Iterator[tuple[int, Mapping[str, Any]]]]] = {
     ".csv": _csv_rows,
     ".jsonl": _json_rows,
 }

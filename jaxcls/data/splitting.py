@@ -201,7 +201,7 @@ def read_split(folder: Path) -> tuple[list[str], list[str]]:
             raise UsageError(
                 f"{folder / name} cannot be read: {reason}: give the folder of a run that held photos out"
             ) from error
-        if rest or not lines and name == TRAIN_IDS:
+        if rest or (not lines and name == TRAIN_IDS):
             raise UsageError(f"{folder / name} is cut off: give the folder of another run, or split anew")
         sides.append([from_line(line) for line in lines])
     return sides[0], sides[1]

@@ -200,6 +200,26 @@ def test_links_in_a_circle_and_second_ways_to_a_folder_are_named(tmp_path):
     )
 
 
+def test_a_link_that_is_added_later_renames_nothing(tmp_path):
+    root = add(tmp_path / "photos", "bee/1.png", "zebra/2.png", "zebra/deep/3.png", ".new/4.png")
+    before = read_folder(root).ids.tolist()
+    (root / "ant").symlink_to("zebra")
+    (root / "bee" / "a").symlink_to(root / "zebra" / "deep")
+    (root / "bee" / "up").symlink_to(root)
+    (root / "aside").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "back").symlink_to(root / "zebra")
+    (tmp_path / "photos again").symlink_to(root)
+    for way in (root, tmp_path / "photos again"):
+        dataset = read_folder(way)
+        assert dataset.ids.tolist() == before
+        assert dataset.classes == ("bee", "zebra")
+        assert "folders met again under another name, skipped: 3 (ant, aside/back, bee/a)" in dataset.notes
+        assert "links in a circle, skipped: 1 (bee/up)" in dataset.notes
+    (root / "cow").symlink_to(".new")
+    assert read_folder(root).ids.tolist() == ["bee/1.png", "cow/4.png", *before[1:]]
+
+
 def test_empty_files_are_named_and_left_to_the_scan(tmp_path):
     add(tmp_path, "a/1.png", "b/1.png")
     for name in ("a/0.png", "b/2.jpg", "b/empty.txt"):
@@ -240,6 +260,7 @@ def test_names_that_differ_only_by_case_or_unicode_form_are_named(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_a_very_deep_folder_is_read(tmp_path):
     add(tmp_path, "a/1.png", "b/1.png")
     below = [tmp_path / "a" / "/".join("d" * depth) for depth in range(1, 1100)]

@@ -1,6 +1,10 @@
 """Lists in CSV and JSON lines: what is read, and which line is wrong."""
 
 import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -89,6 +93,12 @@ def test_paths_start_where_one_says_or_are_absolute(folder, tmp_path_factory):
         ("l.csv", "path,label\nloose.png,a\nloose.png,b\n", "line 3: loose.png is listed in line 2 already"),
         ("l.csv", "path,label\n" + "x" * 200_000 + ",a\n", "l.csv, line 2: field larger than"),
         ("l.csv", "path,label\ncups,a\n", "1 of 1 photos are not there, first .*cups"),
+        (
+            "l.csv",
+            f"path,label\nloose.png,a\n{'é' * 150},a\n",
+            "l.csv, line 3: .*é: File name too long: mend",
+        ),
+        ("l.csv", f"path,label\n{'d/' * 3000}x.png,a\n", "l.csv, line 2: .{200}: File name too long: mend"),
         ("l.csv", "path,label\na\0b,a\n", "1 of 1 photos are not there|contains NUL"),
         ("l.jsonl", "", "l.jsonl lists no photos"),
         ("l.jsonl", '{"path": "loose.png"}\n{"path"', "l.jsonl, line 2: no JSON"),
@@ -113,3 +123,33 @@ def test_what_cannot_be_read(folder):
         read_list(folder / "none.csv")
     with pytest.raises(DatasetError, match=r"list.csv is not UTF-8"):
         read_list(write(folder, "path,label\ntassé.png,a\n", encoding="latin-1"))
+
+
+READ_AS_NOBODY = """
+import os, sys
+from pathlib import Path
+from jaxcls.data.lists import read_list
+from jaxcls.errors import DatasetError
+read_list(sys.argv[1])  # loads what nobody may not
+Path(sys.argv[1]).with_name("locked").chmod(0)
+if os.getuid() == 0:
+    os.setgroups([]), os.setgid(65534), os.setuid(65534)
+try:
+    read_list(sys.argv[1])
+except DatasetError as error:
+    print(error)
+"""
+
+
+def test_a_photo_in_a_locked_folder_is_named_with_its_line():
+    with tempfile.TemporaryDirectory() as name:
+        root = Path(name)
+        root.chmod(0o755)
+        (root / "locked").mkdir()
+        for photo in ("1.png", "locked/2.png"):
+            (root / photo).touch()
+        path = write(root, "path,label\n1.png,a\nlocked/2.png,b\n")
+        command = [sys.executable, "-c", READ_AS_NOBODY, str(path)]
+        told = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        (root / "locked").chmod(0o755)
+    assert told == f"{path}, line 3: {root}/locked/2.png: Permission denied: mend the line, or its folder\n"

@@ -80,19 +80,19 @@ def describe(
 def losses(predictions: Predictions) -> NDArray[np.float64]:
     """float64 [N]: minus the logarithm of the true class's probability; of margins, how far it lies behind.
 
-    NaN where an image is unlabelled or unreadable.
+    NaN where an image is unlabelled or unreadable, and of margins where no class is left to lie behind.
     """
     labels = np.full(len(predictions), -1) if predictions.labels is None else predictions.labels
     chosen = np.flatnonzero((labels >= 0) & ~predictions.unreadable)
     scores, truth = predictions.scores[chosen], labels[chosen]
     values = np.full(len(predictions), np.nan)
-    if predictions.kind == "margin":
+    if predictions.kind != "margin":
+        values[chosen] = Answers(scores, truth, predictions.kind).losses
+    elif len(predictions.classes) > 1:
         own = np.take_along_axis(scores, truth[:, None], axis=1)[:, 0]
         others = scores.copy()
         np.put_along_axis(others, truth[:, None], -np.inf, axis=1)
         values[chosen] = others.max(axis=1) - own
-    else:
-        values[chosen] = Answers(scores, truth, predictions.kind).losses
     return values
 
 

@@ -65,6 +65,13 @@ def test_losses_by_hand():
     np.testing.assert_allclose(losses(replace(probabilities, kind="margin")), [0.25, np.nan, np.nan])
 
 
+@pytest.mark.parametrize(("kind", "loss"), [("logit", 0), ("probability", 0), ("margin", None)])
+def test_one_class_alone_can_be_told(kind, loss):
+    results = tell(make_predictions(make_photos(5, ("cup",)), kind=kind))
+    assert results["losses"] == [loss] * 5
+    assert results["best"] == [0] * 5
+
+
 def test_normalizers_make_probabilities_of_logits():
     predictions = make_predictions(make_photos(9))
     shown = np.exp(predictions.scores - np.asarray(tell(predictions)["normalizers"])[:, None])

@@ -42,7 +42,10 @@ def describe(
     labels = np.full(len(predictions), -1) if predictions.labels is None else predictions.labels
     per_class = evaluation.per_class()
     truths, answers = np.nonzero(evaluation.confusion)
-    support = np.bincount(labels[(labels >= 0) & ~predictions.unreadable], minlength=len(predictions.classes))
+    # With those abstained from, which a threshold counts; `per_class.support` is of the answered.
+    labelled = np.bincount(
+        labels[(labels >= 0) & ~predictions.unreadable], minlength=len(predictions.classes)
+    )
     return {
         "title": title,
         "model": quote(str(model)),
@@ -61,7 +64,8 @@ def describe(
             "unreadable": evaluation.num_unreadable,
         },
         "perClass": {name: _plain_list(getattr(per_class, name)) for name in ("precision", "recall", "f1")},
-        "support": support.tolist(),
+        "support": per_class.support.tolist(),
+        "labelled": labelled.tolist(),
         "confusion": np.stack([truths, answers, evaluation.confusion[truths, answers]], axis=1).tolist(),
         "ids": predictions.ids,
         "truth": labels.tolist(),

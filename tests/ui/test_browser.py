@@ -106,6 +106,14 @@ def test_numbers_are_those_of_the_evaluation(page, predictions):
     assert "86 answered, 2 abstained, 1 unlabelled, 1 unreadable" in find(page, "#numbers").text
 
 
+def test_a_class_counts_the_images_that_its_recall_is_of(page, predictions):
+    metrics = evaluate(predictions).per_class()
+    for k, row in enumerate(find_all(page, "#numbers [aria-label=Classes] tbody tr")):
+        cells = [cell.text for cell in row.find_elements(By.TAG_NAME, "td")]
+        assert cells[1] == f"{metrics.recall[k]:.3f}"
+        assert cells[3] == str(metrics.support[k])
+
+
 def test_a_cell_of_the_matrix_shows_its_images(page, predictions):
     confusion = evaluate(predictions).confusion_matrix()
     cell = find(page, ".matrix tbody tr:nth-child(1) td:nth-of-type(2) button")

@@ -46,7 +46,9 @@ def test_scores_answers_and_counts(kind):
         matrix[truth, predicted] = count
     np.testing.assert_array_equal(matrix, evaluation.confusion_matrix())
     assert results["numbers"][0]["value"] == evaluation.accuracy()
-    assert sum(results["support"]) == 29
+    answered = np.isin(np.arange(30), [4, 7], invert=True)
+    np.testing.assert_array_equal(results["support"], np.bincount(predictions.labels[answered]))
+    assert sum(results["labelled"]) == 29
     assert results["model"] == "'a b'"
 
 

@@ -24,5 +24,5 @@ export function numbersView(results) {
     element("p", { text: `${formatCount(results.length, "image")}: ${answered.toLocaleString("en")} answered, ${rest}.` }),
     table("The answered images", ["metric", "value", "95 % interval"], numbers),
     element("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": "Classes" },
-      table("Each class", ["class", "precision", "recall", "F1", "images"], classes)));
+      table("Each class", ["class", "precision", "recall", "F1", "answered images"], classes)));
 }

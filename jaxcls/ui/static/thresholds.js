@@ -47,7 +47,7 @@ export class ThresholdExplorer {
       ({ falsePositiveRate, recall }) => [falsePositiveRate, recall], false);
     this.pr = new CurvePlot("Precision-recall curve", "recall", "precision",
       ({ recall, precision }) => [recall, precision], true);
-    const present = results.classes.map((name, label) => [label, name]).filter(([label]) => results.support[label] > 0);
+    const present = results.classes.map((name, label) => [label, name]).filter(([label]) => results.labelled[label] > 0);
     this.classes = choice(present, { onchange: () => this.pick() });
     this.slider = element("input", { type: "range", min: "0", step: "1", oninput: () => this.slide() });
     this.value = element("output", { class: "value" });

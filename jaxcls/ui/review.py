@@ -43,7 +43,7 @@ def review_page(
     model = Path(model)
     title = f"{model.name or model} on {dataset.name}"
     results = describe(predictions, evaluation, title=title, model=model, thresholds=thresholds)
-    # A later page at this address has other photos: the browser is not to show those that it kept.
+    # A part of their addresses: a later page has other photos, and the browser keeps those of this one.
     data = results | {"photosVersion": secrets.token_hex(8), "note": f"{len(dataset):,} photos."}
     html = make_page(title, {"results": data}, sources={"img-src": "'self' data:"})
 

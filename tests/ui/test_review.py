@@ -1,13 +1,18 @@
 """The page of `jaxcls review`: its photos, and the whole of it in a browser."""
 
 import re
+import socket
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from io import BytesIO
 
 import numpy as np
 import pytest
+import uvicorn
 from browser import open_browser
 from conftest import write_photos
 from examples import make_photos, make_predictions, unreadable
@@ -24,6 +29,14 @@ from jaxcls.ui.app import make_app
 from jaxcls.ui.review import review_page
 
 TOKEN = "a token"
+COLOURS = {"red": (255, 0, 0), "blue": (0, 0, 255)}
+FIRST_PIXEL = """
+const image = document.querySelector(".cell img");
+if (!image?.naturalWidth) return null;
+const context = document.createElement("canvas").getContext("2d");
+context.drawImage(image, 0, 0);
+return [...context.getImageData(9, 9, 1, 1).data.slice(0, 3)];
+"""
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +85,39 @@ def test_other_photos_are_refused():
     predictions = make_predictions(make_photos(6))
     with pytest.raises(UsageError, match="not of the photos"):
         review_page(predictions, evaluate(predictions), make_photos(7), model="cups")
+
+
+@contextmanager
+def served(colour: str, port: int = 0) -> Iterator[tuple[int, str]]:
+    """The port and the address of a page of three photos, all of one colour."""
+    photos = make_photos(3)
+    items = [np.full((36, 48, 3), COLOURS[colour], np.uint8)] * 3
+    predictions = make_predictions(photos)
+    page = review_page(
+        predictions, evaluate(predictions), replace(photos, source=MemorySource(items)), model=colour
+    )
+    with socket.create_server(("127.0.0.1", port)) as listener:
+        config = uvicorn.Config(make_app(page, colour), log_config=None, lifespan="off", ws="none")
+        server = uvicorn.Server(config)
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        thread.start()
+        try:
+            port = listener.getsockname()[1]
+            yield port, f"http://127.0.0.1:{port}/?token={colour}"
+        finally:
+            server.should_exit = True
+            thread.join()
+
+
+@pytest.mark.browser
+def test_a_later_page_at_the_same_port_shows_its_own_photos():
+    port = 0
+    with open_browser() as driver:
+        for colour in COLOURS:
+            with served(colour, port) as (port, address):
+                driver.get(address)
+                pixel = WebDriverWait(driver, 20).until(lambda d: d.execute_script(FIRST_PIXEL))
+                np.testing.assert_allclose(pixel, COLOURS[colour], atol=20)
 
 
 @pytest.mark.slow

@@ -17,13 +17,18 @@ export class EmbeddedPhotos {
   }
 }
 
+// The browser keeps what it has shown: the version tells it the photos of another page, which had this address before.
 export class ServedPhotos {
+  constructor(version) {
+    this.version = version;
+  }
+
   thumbnail(i) {
-    return `thumbnails/${i}`;
+    return `thumbnails/${i}?v=${this.version}`;
   }
 
   whole(i) {
-    return `photos/${i}`;
+    return `photos/${i}?v=${this.version}`;
   }
 }
 

@@ -36,7 +36,7 @@ function section(id, title, ...content) {
 
 export function showResults(root, payload, thumbnails) {
   const results = new Results(payload);
-  const photos = thumbnails === null ? new ServedPhotos() : new EmbeddedPhotos(thumbnails);
+  const photos = thumbnails === null ? new ServedPhotos(results.photosVersion) : new EmbeddedPhotos(thumbnails);
   const selection = new Selection(results);
   const viewer = new Viewer(results, photos);
   const help = helpDialog();

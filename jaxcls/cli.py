@@ -2,6 +2,7 @@
 
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 
 import tyro
@@ -33,6 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Training that is asked to end by SIGTERM exits with 143.
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
+    warnings.formatwarning = _format_warning
     try:
         command = tyro.extras.subcommand_cli_from_dict(
             {kind.__name__.lower(): kind for kind in COMMANDS},
@@ -63,6 +65,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("jaxcls: interrupted", file=sys.stderr)
         return INTERRUPTED
+
+
+def _format_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    """Without the line of code that warned, which tells a user nothing."""
+    return f"jaxcls: {message}\n"
 
 
 if __name__ == "__main__":

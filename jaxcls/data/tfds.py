@@ -110,11 +110,11 @@ def _find(name: str, data_dir: str | Path | None) -> Any:
     options = {} if data_dir is None else {"data_dir": str(data_dir)}
     try:
         info = builder_from_files(name, **options).info
-    except tfds.core.DatasetNotFoundError as error:
+    except tfds.core.DatasetNotFoundError:
         raise DatasetError(
             f"TFDS dataset {name} is not prepared in {data_dir or 'the folder of TFDS'}: where TensorFlow is "
             f"installed, this prepares it: {_prepare(name, data_dir)}"
-        ) from error
+        ) from None  # TFDS's own reasons are pages long, and speak of other ways
     except Exception as error:  # of any kind, from damaged descriptions too
         raise DatasetError(
             f"TFDS dataset {name} cannot be read: {str(error).partition(chr(10))[0]}"

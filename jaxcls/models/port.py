@@ -25,6 +25,7 @@ Shape = tuple[int, ...]
 FlaxPath = tuple[str, ...]
 
 MAX_BYTES = 4 << 30
+MAX_DIFFERENCES = 10
 
 # Flax module -> torch module. `stage` counts from 1, `stage0` and `block0` from 0.
 _TORCHVISION_NAMES = {
@@ -293,15 +294,19 @@ def _from_torch(name: str, value: np.ndarray) -> np.ndarray:
 
 
 def _mismatch(architecture: str, layout: Layout, num_classes: int | None, found: Mapping[str, Shape]) -> str:
-    """Say which other network the weights fit, or that they fit none, and every difference."""
+    """Say which other network the weights fit, or that they fit none, and some of the differences."""
     fitting = [name for name in ARCHITECTURES if found == _torch_shapes(name, layout, num_classes)]
     verdict = (
-        f"these are {fitting[0]} weights, load them as that" if fitting else "they fit no ResNet known here"
+        f"these are weights of {fitting[0]}: name that (--backbone {fitting[0]})"
+        if fitting
+        else "they fit no ResNet known here"
     )
     wanted = _torch_shapes(architecture, layout, num_classes).items()
     differences = [
         *((name, "-", shape) for name, shape in wanted - found.items()),
         *((name, "+", shape) for name, shape in found.items() - wanted),
     ]
-    lines = [f"  {sign} {name} {list(shape)}" for name, sign, shape in sorted(differences)]
+    lines = [f"  {sign} {name} {list(shape)}" for name, sign, shape in sorted(differences)[:MAX_DIFFERENCES]]
+    if len(differences) > MAX_DIFFERENCES:
+        lines.append(f"  and {len(differences) - MAX_DIFFERENCES} more differences")
     return "\n".join([f"the weights are not of {architecture}: {verdict} (- missing, + extra):", *lines])

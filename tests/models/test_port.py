@@ -102,8 +102,11 @@ def test_half_a_head_is_a_mismatch(state):
 
 
 def test_weights_of_another_depth_are_named(state):
-    with pytest.raises(WeightsError, match=r"not of resnet50: these are resnet18 weights"):
+    with pytest.raises(WeightsError, match=r"not of resnet50: these are weights of resnet18: ") as caught:
         to_variables("resnet50", state)
+    lines = str(caught.value).splitlines()
+    assert len(lines) == 12
+    assert lines[-1].endswith("more differences")
 
 
 @pytest.mark.parametrize(

@@ -227,7 +227,8 @@ def test_text_file_renamed(capsys, folder, weights, tmp_path):
 
 def test_weights_of_another_depth(capsys, folder, weights):
     arguments = ["train", str(folder), "--backbone", "resnet34", "--weights", weights]
-    fails(capsys, 1, arguments, "these are weights of resnet18", "--backbone resnet18", "layer1.2.conv1.weight")
+    named = ("these are weights of resnet18", "--backbone resnet18")
+    fails(capsys, 1, arguments, *named, "layer1.2.conv1.weight")
 
 
 def test_more_folds_than_photos(capsys, folder, svm):

@@ -17,7 +17,7 @@ import json
 import os
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import accumulate
@@ -54,6 +54,10 @@ class ConflictError(DatasetError):
         more = f" and {len(present) - 1} more" if len(present) > 1 else ""
         super().__init__(f"changed meanwhile: {first!r}{more}: look at them again, then edit")
         self.present = dict(present)
+
+
+class UnfinishedError(DatasetError):
+    """What cannot be done before a batch of moves that was interrupted is finished."""
 
 
 @dataclass(frozen=True)
@@ -109,6 +113,25 @@ class Batch:
     of: int | None = None
 
 
+@dataclass(frozen=True)
+class View:
+    """What `Annotations` say at one moment.
+
+    Attributes:
+        labels: the present label of each photo that was asked for.
+        folders: the label that each has by where it lies.
+        seq: the number of the journal's last entry; 0: there is none.
+        undoable: of the edit that `undo` takes back; None: there is none.
+        redoable: of the edit that `redo` makes again; None: there is none.
+    """
+
+    labels: Sequence[str]
+    folders: Sequence[str]
+    seq: int
+    undoable: int | None
+    redoable: int | None
+
+
 class Annotations:
     """The edits of one folder of photos. Any number of threads and processes may make them at once.
 
@@ -157,25 +180,48 @@ class Annotations:
         with self._lock:
             return [self._given.get(photo) or self.folder_label(photo) for photo in ids]
 
+    def view(self, ids: Iterable[str]) -> View:
+        """The present labels of photos and the position in the journal, all of one moment."""
+        with self._lock:
+            ids = list(ids)
+            return View(
+                labels=self.labels(ids),
+                folders=[self.folder_label(photo) for photo in ids],
+                seq=self.seq,
+                undoable=self.undoable[-1].seq if self.undoable else None,
+                redoable=self.redoable[-1].seq if self.redoable else None,
+            )
+
     def edit(self, changes: Iterable[Change]) -> Edit:
         """Change labels, all of them or none.
 
         Raises:
             ConflictError: a photo whose label is not `before`, or that is not there.
+            DatasetError: a photo cannot be looked for, or the journal cannot be written.
+            UnfinishedError: moves were interrupted.
             UsageError: no changes, several of one photo, or a label or path that cannot be.
         """
         changes = tuple(changes)
         _check_changes(changes)
         with self.exclusive():
+            self.require_finished()
             present = {change.id: self.label(change.id) for change in changes}
             stale: dict[str, str | None] = {
                 change.id: present[change.id] for change in changes if present[change.id] != change.before
             }
-            stale |= {photo: None for photo in present if self.tree.status(photo) is None}
+            stale |= {photo: None for photo in present if self._is_gone(photo)}
             if stale:
                 raise ConflictError(stale)
             self.append({"kind": "edit", "changes": [[c.id, c.before, c.after] for c in changes]})
             return self.undoable[-1]
+
+    def _is_gone(self, photo: str) -> bool:
+        try:
+            return self.tree.status(photo) is None
+        except OSError as error:
+            raise DatasetError(
+                f"{self.tree.root / photo} cannot be looked for: {error.strerror}: the edit does not hold"
+            ) from error
 
     def undo(self, seq: int) -> Edit:
         """Take the last edit back and return what that changed.
@@ -184,6 +230,8 @@ class Annotations:
             seq: of that edit, as the caller knows it.
 
         Raises:
+            DatasetError: the journal cannot be written.
+            UnfinishedError: moves were interrupted.
             UsageError: another edit is the last one by now, or there is none.
         """
         return self._repeat("undo", seq).reversed()
@@ -194,36 +242,63 @@ class Annotations:
 
     def _repeat(self, kind: str, seq: int) -> Edit:
         with self.exclusive():
+            self.require_finished()
             found = self.undoable if kind == "undo" else self.redoable
             if not found or found[-1].seq != seq:
                 raise UsageError(f"there is nothing more to {kind}, or it was changed meanwhile: look anew")
             self.append({"kind": kind, "of": seq})
             return (self.redoable if kind == "undo" else self.undoable)[-1]
 
+    def require_finished(self) -> None:
+        """Refuse what would be lost when interrupted moves are finished; within `exclusive`.
+
+        Raises:
+            UnfinishedError: moves were interrupted.
+        """
+        if self.unfinished is not None:
+            raise UnfinishedError(
+                f"{self.tree.root}: moves were interrupted: start `jaxcls annotate` again to finish them"
+            )
+
     @contextmanager
     def exclusive(self) -> Iterator[None]:
         """While the block runs nobody else can append; all that others appended has been read.
 
         Raises:
-            DatasetError: the journal cannot be written.
+            DatasetError: the journal cannot be read or locked. What the block raises is left as it is.
         """
+        with self._lock, ExitStack() as stack:
+            with self._writing():
+                stack.enter_context(
+                    self.tree.folder(FOLDER, create=True)
+                )  # which refuses a link of that name
+                stack.enter_context(locked(self.tree.root / FOLDER, wait=True))
+            self.refresh()
+            yield
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
         try:
-            with (
-                self._lock,
-                self.tree.folder(FOLDER, create=True),  # which refuses a link of that name
-                locked(self.tree.root / FOLDER, wait=True),
-            ):
-                self.refresh()
-                yield
+            yield
         except OSError as error:
             raise DatasetError(
                 f"{self.tree.root / JOURNAL} cannot be written: {error.strerror}: the edit does not hold"
             ) from error
 
     def append(self, entry: Mapping[str, Any]) -> None:
-        """Write an entry, within `exclusive`; it holds when this returns."""
+        """Write an entry, within `exclusive`; it holds when this returns.
+
+        Raises:
+            DatasetError: the journal cannot be written.
+        """
         entry = {"seq": self.seq + 1, **entry}
-        line = _encode(entry)
+        with self._writing():
+            num_bytes = self._extend(_encode(entry))
+        self._replay(entry)
+        self._num_read = num_bytes
+
+    def _extend(self, line: bytes) -> int:
+        """Add a line to the journal, and return how many bytes it has then."""
         with self.tree.open(JOURNAL, os.O_RDWR | os.O_CREAT) as file:
             is_new = self._num_read == 0
             os.ftruncate(file, self._num_read)  # what a crash left of a line
@@ -235,8 +310,7 @@ class Annotations:
             num_bytes = os.fstat(file).st_size
         if is_new:
             self.tree.settle([JOURNAL])
-        self._replay(entry)
-        self._num_read = num_bytes
+        return num_bytes
 
     def refresh(self) -> None:
         """Read what others appended.

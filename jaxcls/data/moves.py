@@ -25,7 +25,7 @@ class Outcome:
 
     Attributes:
         moves: those that were made.
-        problems: a line for each of the others, whose files are where they were.
+        problems: a line for each of the others, whose files are where they were, unless it says otherwise.
     """
 
     moves: tuple[Move, ...] = ()
@@ -94,8 +94,7 @@ def finish_moves(annotations: Annotations) -> Outcome:
 
 
 def _begin(annotations: Annotations, moves: Sequence[Move], *, of: int | None) -> Outcome:
-    if annotations.unfinished is not None:
-        raise DatasetError(f"{annotations.tree.root}: moves were interrupted: finish them first")
+    annotations.require_finished()
     if not moves:
         return Outcome()
     annotations.append({"kind": "move", "moves": _pairs(moves), "of": of})
@@ -116,13 +115,16 @@ def _make(annotations: Annotations) -> Outcome:
                 _give_second_name(tree, move)
                 linked.append(move)
             except (OSError, DatasetError) as error:
-                problems.append(f"{move.source} -> {move.target}: {_reason(error)}")
-        tree.settle([move.target for move in linked])
+                problems.append(_describe(move, error))
+        settled: set[str] = set()
         for move in linked:
-            if tree.status(move.source) is not None:
-                tree.remove(move.source)
-        done += linked
-    tree.settle([move.source for move in done])
+            try:
+                _settle_once(tree, move.target, settled)
+                _remove_first_name(tree, move)
+                done.append(move)
+            except (OSError, DatasetError) as error:
+                problems.append(_describe(move, error) + _withdraw(tree, move))
+    _settle_what_is_left(tree, done)
     annotations.append({"kind": "moved", "of": batch.seq, "moves": _pairs(done)})
     return Outcome(tuple(done), tuple(problems))
 
@@ -135,6 +137,55 @@ def _give_second_name(tree: Tree, move: Move) -> None:
     if source is None:
         raise DatasetError("is not there any more")
     tree.link(move.source, move.target)
+
+
+def _settle_once(tree: Tree, path: str, settled: set[str]) -> None:
+    """Settle the folder of a file, unless it is among those that were."""
+    folder = path.rpartition("/")[0]
+    if folder not in settled:
+        tree.settle([path])
+        settled.add(folder)
+
+
+def _remove_first_name(tree: Tree, move: Move) -> None:
+    """Remove the source, unless an interrupted batch did already; only as long as it is the target's file."""
+    source, target = tree.status(move.source), tree.status(move.target)
+    if target is None:
+        raise DatasetError("has gone from its new place")
+    if source is None:
+        return
+    if not os.path.samestat(source, target):
+        raise DatasetError("another file has come to its old place: look at both")
+    tree.remove(move.source)
+
+
+def _withdraw(tree: Tree, move: Move) -> str:
+    """Take the second name back where the first is still there; "" or what to add to the problem."""
+    try:
+        source, target = tree.status(move.source), tree.status(move.target)
+        if source is not None and target is not None and os.path.samestat(source, target):
+            tree.remove(move.target)
+    except (OSError, DatasetError) as error:
+        return f"; it may lie at both places: {_reason(error)}"
+    return ""
+
+
+def _settle_what_is_left(tree: Tree, moves: Iterable[Move]) -> None:
+    """Return once no source is on the disk any more."""
+    for path in {move.source.rpartition("/")[0]: move.source for move in moves}.values():
+        try:
+            tree.settle([path])
+        except (FileNotFoundError, NotADirectoryError):
+            continue  # somebody took the empty folder away
+        except OSError as error:
+            raise DatasetError(
+                f"{tree.root / path}: the move may not outlast a power cut: {error.strerror}: "
+                "start `jaxcls annotate` again, which finishes it"
+            ) from error
+
+
+def _describe(move: Move, error: OSError | DatasetError) -> str:
+    return f"{move.source} -> {move.target}: {_reason(error)}"
 
 
 def _reason(error: OSError | DatasetError) -> str:
@@ -159,12 +210,19 @@ def _free(path: str, taken: set[str], tree: Tree) -> str:
     suffix = PurePosixPath(name).suffix
     stem = name.removesuffix(suffix)
     number, tried = 1, path
-    while tried in taken or tree.status(tried) is not None:
+    while tried in taken or _is_there(tree, tried):
         number += 1
         end = f"-{number}{suffix}"
         short = stem.encode()[: MAX_NAME_BYTES - len(end.encode())].decode(errors="ignore")
         tried = f"{folder}{slash}{short}{end}"
     return tried
+
+
+def _is_there(tree: Tree, path: str) -> bool:
+    try:
+        return tree.status(path) is not None
+    except OSError:
+        return False  # the move itself is refused, and says why
 
 
 def _pairs(moves: Iterable[Move]) -> list[list[str]]:

@@ -3,6 +3,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -274,3 +275,31 @@ def test_an_edit_that_finds_no_room_does_not_hold(folder, monkeypatch):
     assert annotations.label("blue/1.png") == "blue"
     relabel(annotations, "blue/1.png", "red")
     assert Annotations(folder).label("blue/1.png") == "red"
+
+
+def test_only_errors_of_the_journal_are_said_to_be_of_it(folder):
+    annotations = Annotations(folder)
+    with pytest.raises(FileNotFoundError), annotations.exclusive():
+        raise FileNotFoundError(2, "not the journal")
+    relabel(annotations, "blue/0.png", "red")
+
+
+def test_what_is_seen_is_of_one_moment(folder):
+    annotations = Annotations(folder)
+    ids = ["blue/0.png", "red/0.png"]
+    done = threading.Event()
+
+    def edit() -> None:
+        for number in range(40):
+            edit = annotations.edit([Change(photo, annotations.label(photo), f"n{number}") for photo in ids])
+            assert edit.seq == number + 1
+        done.set()
+
+    writer = threading.Thread(target=edit)
+    writer.start()
+    while not done.is_set():
+        view = annotations.view(ids)
+        expected = ["blue", "red"] if view.seq == 0 else [f"n{view.seq - 1}"] * 2
+        assert (view.labels, view.folders) == (expected, ["blue", "red"])
+        assert (view.undoable, view.redoable) == (view.seq or None, None)
+    writer.join()

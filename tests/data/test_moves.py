@@ -9,7 +9,16 @@ import numpy as np
 import pytest
 from conftest import write_photos
 
-from jaxcls.data.annotations import NO_LABEL, TRASH, Annotations, Change, Move, list_photos, read_annotated
+from jaxcls.data.annotations import (
+    NO_LABEL,
+    TRASH,
+    Annotations,
+    Change,
+    Move,
+    UnfinishedError,
+    list_photos,
+    read_annotated,
+)
 from jaxcls.data.beneath import Tree
 from jaxcls.data.folder import read_folder
 from jaxcls.data.moves import apply_moves, finish_moves, plan_moves, plan_return, return_moves
@@ -208,7 +217,7 @@ def test_a_batch_that_was_interrupted_is_finished(folder, monkeypatch, step):
     again = Annotations(folder)
     assert (again.unfinished is not None) == (0 < step < 12)
     if again.unfinished:
-        with pytest.raises(DatasetError, match="interrupted: finish them first"):
+        with pytest.raises(DatasetError, match="interrupted: start `jaxcls annotate` again"):
             apply(again)
         assert finish_moves(again).moves == MOVES
     else:
@@ -219,6 +228,94 @@ def test_a_batch_that_was_interrupted_is_finished(folder, monkeypatch, step):
     assert contents(folder) == expected
     return_moves(Annotations(folder))
     assert contents(folder) == before
+
+
+def test_nothing_is_edited_while_moves_are_interrupted(folder, monkeypatch):
+    """Finishing them would lose it: the labels given to what lay at the new paths are out of date then."""
+    first = relabel(folder, {"blue/1.png": TRASH}).undoable[-1]
+    annotations = relabel(folder, {"blue/0.png": "green"})
+
+    def interrupt(tree, path):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Tree, "remove", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            apply(annotations)
+    again = Annotations(folder)
+    for act in (
+        lambda: again.edit([Change("green/0.png", "green", "red")]),
+        lambda: again.undo(again.undoable[-1].seq),
+        lambda: again.redo(first.seq),
+    ):
+        with pytest.raises(UnfinishedError, match="interrupted: start `jaxcls annotate` again"):
+            act()
+    finish_moves(again)
+    again.edit([Change("green/0.png", "green", "red")])
+    assert Annotations(folder).label("green/0.png") == "red"
+
+
+@pytest.mark.parametrize("method", ["remove", "settle"])
+def test_a_move_that_cannot_be_completed_is_told_of_and_the_others_made(folder, monkeypatch, method):
+    before = contents(folder)
+    annotations = relabel(folder, {"blue/0.png": "green", "blue/1.png": "new"})
+    works = getattr(Tree, method)
+
+    def fail_once(tree, paths):
+        if paths in ("blue/0.png", ["green/0.png"]):
+            raise PermissionError(1, "Operation not permitted")
+        works(tree, paths)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Tree, method, fail_once)
+        outcome = apply(annotations)
+    assert outcome.moves == (Move("blue/1.png", "new/1.png"),)
+    assert outcome.problems == ("blue/0.png -> green/0.png: Operation not permitted",)
+    expected = dict(before)
+    expected["new/1.png"] = expected.pop("blue/1.png")
+    assert contents(folder) == expected
+    again = Annotations(folder)
+    assert again.unfinished is None
+    assert plan(again) == (Move("blue/0.png", "green/0.png"),)
+
+
+def test_a_file_that_replaces_the_photo_meanwhile_is_not_removed(folder, monkeypatch):
+    annotations = relabel(folder, {"blue/0.png": "green", "blue/1.png": "green"})
+    photo = (folder / "blue/0.png").read_bytes()
+    settle = Tree.settle
+
+    def save_anew(tree, paths):
+        if paths == ["green/0.png"]:
+            (folder / "edited").write_bytes(b"edited")
+            (folder / "edited").replace(folder / "blue/0.png")
+        settle(tree, paths)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Tree, "settle", save_anew)
+        outcome = apply(annotations)
+    assert outcome.moves == (Move("blue/1.png", "green/1.png"),)
+    assert outcome.problems == (
+        "blue/0.png -> green/0.png: another file has come to its old place: look at both",
+    )
+    assert (folder / "blue/0.png").read_bytes() == b"edited"
+    assert (folder / "green/0.png").read_bytes() == photo
+
+
+def test_a_batch_is_finished_whose_old_folder_was_taken_away(folder, monkeypatch):
+    annotations = relabel(folder, {f"blue/{number}.png": "green" for number in range(4)})
+    append = Annotations.append
+
+    def interrupt(annotations, entry):
+        if entry["kind"] == "moved":
+            raise KeyboardInterrupt
+        append(annotations, entry)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Annotations, "append", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            apply(annotations)
+    (folder / "blue").rmdir()
+    assert len(finish_moves(Annotations(folder)).moves) == 4
 
 
 APPLY = """

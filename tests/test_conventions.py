@@ -18,7 +18,8 @@ errors
 storage progress
 parallel
 predictions
-data.images data.download data.source data.lines data.splitting data.lineage data.dataset data.inventory data.folder data.lists
+data.images data.download data.source data.lines data.splitting data.lineage data.dataset
+data.inventory data.folder data.lists
 data.hashing data.alignment data.duplicates
 data.pacing data.image_search data.provenance data.gather
 data.beneath data.annotations data.moves
@@ -26,7 +27,8 @@ preprocess
 data.arrayrecord data.tfds
 augment.host augment.views augment.ops augment.copies
 pipeline resident
-evaluation.text evaluation.curves evaluation.intervals evaluation.thresholds evaluation.metrics evaluation.plots evaluation.neighbours evaluation.label_errors
+evaluation.text evaluation.curves evaluation.intervals evaluation.thresholds evaluation.metrics
+evaluation.plots evaluation.neighbours evaluation.label_errors
 ui.page ui.thumbnails ui.results ui.report
 models.precision models.architecture models.convolution models.normalization models.resnet
 models.port models.pretrained models.hub models.fold

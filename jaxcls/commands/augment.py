@@ -23,7 +23,7 @@ class Augment(PhotoCommand):
     """
 
     data: Annotated[Positional[Path], tyro.conf.arg(metavar="PHOTOS")]
-    """The folder of photos."""
+    """The folder of photos; or records (`jaxcls pack`), or a .csv or .jsonl list."""
     pipeline: UseAppendAction[tuple[str, ...]] = ()
     """Operations of jaxcls.augment.ops, such as "Sequential([Fliplr(0.5), Affine(rotate=(-45, 45))])", once
     for each copy. The same one twice makes two different ones."""

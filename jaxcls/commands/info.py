@@ -30,7 +30,7 @@ class Info(PhotoCommand):
     duplicates: bool = False
     """List the photos that show the same."""
     test_data: Path | None = None
-    """A folder of test photos: list those that show the same as a photo of the first folder."""
+    """Test photos, a folder, records or a list: name those that show the same as one of the first photos."""
     inventory: Path | None = None
     """Say which photos were added, removed, changed or moved since this file was written; write it anew. In
     the folder of the photos, `sha256sum --check FILE` reads it too."""

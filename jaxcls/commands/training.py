@@ -20,6 +20,7 @@ from jaxcls.commands.base import (
     Command,
     PhotoCommand,
     feature_cache,
+    is_classifier,
     new_output,
     note,
     report,
@@ -50,7 +51,7 @@ class SplitOptions:
     """Which photos are held out for testing."""
 
     test_data: Path | None = None
-    """A folder of test photos. Without it, a stratified part of the photos is held out."""
+    """Test photos: a folder, records or a list. Without them, a stratified part of the photos is held out."""
     train_size: float = 0.66
     """Share of the photos to train on; 1: all of them, without a test; above 1: their number."""
     split_seed: int = 0
@@ -169,8 +170,8 @@ class Svm(TrainingCommand):
     """Where to save the classifier."""
 
     def run(self) -> int:
-        if self.out is not None and self.out.exists():
-            raise UsageError(f"{self.out} exists: choose another path, or move it away")
+        if self.out is not None and self.out.exists() and not is_classifier(self.out):
+            raise UsageError(f"{self.out} exists and is no saved classifier: choose another path")
         train, test = self.divide()
         if test is not None and test.groups is None and (twins := find_leakage(train, test)):
             note(describe_leakage(twins, len(test)))

@@ -19,7 +19,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from io import BytesIO
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -29,7 +28,7 @@ from PIL import Image
 
 from jaxcls.augment.ops import Function, parse
 from jaxcls.data.dataset import ID_DTYPE, UNLABELLED, Dataset, leave_out, scan
-from jaxcls.data.images import SUFFIXES, format_name, is_image
+from jaxcls.data.images import SUFFIXES, encode, format_name, is_image
 from jaxcls.data.lineage import LINEAGE_FILE, Lineage, is_place, read_lineage, write_lineage
 from jaxcls.data.source import FileSource
 from jaxcls.errors import DatasetError, ImageError, UsageError
@@ -46,7 +45,6 @@ MAX_ASPECT_RATIO = 4
 """The long side is at most so many times `max_short_side`: a crop takes memory by its square."""
 GRID = 16
 """Of the long side of photos that are reduced: each size needs a program, which half a second compiles."""
-JPEG_QUALITY = 95
 VERSION = 1
 """Of what the code here makes of a photo: to be raised when that changes. It does not tell of another version
 of JAX or Pillow, or of another device."""
@@ -212,16 +210,7 @@ def _describe(dataset: Dataset) -> tuple[list[Lineage], list[str]]:
 def _content(dataset: Dataset, index: int) -> bytes:
     """The photo's file; pixels in memory become a PNG."""
     item = dataset.source[index]
-    return item if isinstance(item, bytes) else _encode(dataset.image(index), ".png")
-
-
-def _encode(pixels: np.ndarray, suffix: str) -> bytes:
-    file, image = BytesIO(), Image.fromarray(pixels)
-    if suffix == ".jpg":
-        image.save(file, "JPEG", quality=JPEG_QUALITY, subsampling="4:4:4")
-    else:
-        image.save(file, "PNG")
-    return file.getvalue()
+    return item if isinstance(item, bytes) else encode(Image.fromarray(dataset.image(index)), "PNG")
 
 
 def _place(dataset: Dataset, index: int, form: str) -> str:
@@ -400,7 +389,8 @@ def _make(
         pixels, made = np.asarray(picture), []
         for recipe, copy in jobs[index]:
             words = np.frombuffer(_digest(copy), np.uint32)[:2]
-            content = _encode(np.asarray(programs.result()[recipe](words, pixels)), Path(copy.id).suffix)
+            picture = Image.fromarray(np.asarray(programs.result()[recipe](words, pixels)))
+            content = encode(picture, "JPEG" if copy.id.endswith(".jpg") else "PNG")
             write_whole(folder / copy.id, content)
             made.append(replace(copy, sha256=hashlib.sha256(content).hexdigest()))
         return made

@@ -16,7 +16,7 @@ import numpy as np
 
 from jaxcls.data.dataset import ID_DTYPE, Dataset
 from jaxcls.data.images import MAX_PIXELS, SUFFIXES
-from jaxcls.data.lineage import LINEAGE_FILE, read_lineage
+from jaxcls.data.lineage import LINEAGE_FILE, is_copy_name, read_lineage
 from jaxcls.data.source import FileSource
 from jaxcls.errors import DatasetError
 
@@ -99,7 +99,8 @@ def read_folder(
     would take for one, are named too. `summary()` tells of all.
 
     Photos that are added later leave the ids of the others as they are. Augmented copies are known by the
-    folder's lineage file; those whose original is gone are skipped and counted.
+    folder's lineage file; those whose original is gone are skipped and counted. Where there is such a file,
+    so is what it does not list and has a copy's name; what it lists and is not there is counted.
 
     Args:
         path: the folder.
@@ -314,19 +315,29 @@ def _fold(names: list[str]) -> list[str]:
 
 def _trace_copies(photos: Dataset, root: Path) -> Dataset:
     """The photos, augmented copies known as such; of those without their original no split could be sure."""
-    origin_of = {photo.id: photo.original for photo in read_lineage(root).values() if photo.original}
-    if not origin_of:
+    lineage, ids = read_lineage(root), set(photos.ids)
+    if not lineage:
         return photos
+    origin_of = {photo.id: photo.original for photo in lineage.values()}
     origins = [origin_of.get(own, "") for own in photos.ids]
+    is_unknown = np.asarray([own not in lineage and is_copy_name(own) for own in photos.ids])
     there = {own for own, origin in zip(photos.ids, origins, strict=True) if not origin}
     is_lost = np.asarray([bool(origin) and origin not in there for origin in origins])
-    photos = replace(photos, origins=np.asarray(origins, ID_DTYPE))
-    if not is_lost.any():
-        return photos
-    lost = Tally()
+    missing, unknown, lost = Tally(), Tally(), Tally()
+    # What is being made has no checksum, and may not be there yet.
+    missing.add([photo.id for photo in lineage.values() if photo.sha256 and photo.id not in ids])
+    unknown.add(photos.ids[is_unknown])
     lost.add(photos.ids[is_lost])
-    note = f"augmented copies whose original is gone, skipped: {lost}"
-    return replace(photos.select(np.flatnonzero(~is_lost)), notes=(*photos.notes, note))
+    rows = {
+        f"photos that {LINEAGE_FILE} names and that are gone": missing,
+        "augmented copies of unknown originals, by their names, skipped": unknown,
+        "augmented copies whose original is gone, skipped": lost,
+    }
+    notes = tuple(f"{what}: {names}" for what, names in rows.items() if names.count)
+    photos = replace(photos, origins=np.asarray(origins, ID_DTYPE))
+    if (is_lost | is_unknown).any():
+        photos = replace(photos.select(np.flatnonzero(~(is_lost | is_unknown))), notes=photos.notes)
+    return replace(photos, notes=(*photos.notes, *notes))
 
 
 def _check_classes(

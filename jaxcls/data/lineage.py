@@ -1,6 +1,7 @@
 """What augmented copies come from: a file beside them says it, and groups keep them with their originals."""
 
 import json
+import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -56,6 +57,11 @@ def is_place(name: str) -> bool:
     """Whether a relative POSIX path names a file in a folder below, neither of them hidden."""
     parts = name.split("/")
     return len(parts) > 1 and "\0" not in name and all(part and not part.startswith(".") for part in parts)
+
+
+def is_copy_name(name: str) -> bool:
+    """Whether a file is named as copies are: "...~0123456789abcdef.jpg"."""
+    return re.search(r"~[0-9a-f]{16}\.(jpg|png)\Z", name) is not None
 
 
 def read_lineage(folder: Path) -> dict[str, Lineage]:

@@ -96,6 +96,23 @@ def test_copies_whose_original_is_gone_are_left_out(photos, tmp_path):
     assert "augmented copies whose original is gone, skipped: 1 (red/0.png~" in read.summary()
 
 
+def test_copies_that_were_moved_do_not_pass_for_originals(photos, tmp_path):
+    made = augment_dataset(photos, [MIRROR], tmp_path / "out")
+    (tmp_path / "out/red").rename(tmp_path / "out/crimson")
+    (tmp_path / "out" / made.ids[5]).rename(tmp_path / f"out/crimson/{made.ids[6].rpartition('/')[2]}")
+    read = read_folder(tmp_path / "out")
+    assert sorted(read.originals().ids) == [
+        "blue/0.png",
+        "blue/1.png",
+        "blue/2.png",
+        "crimson/0.png",
+        "crimson/1.png",
+    ]
+    assert len(read) == 7
+    assert "photos that lineage.jsonl names and that are gone: 5 (" in read.summary()
+    assert "augmented copies of unknown originals, by their names, skipped: 3 (crimson/" in read.summary()
+
+
 def test_jpegs_stay_jpegs_of_high_quality_and_others_become_pngs(tmp_path):
     for suffix in ("jpg", "webp", "bmp"):
         path = tmp_path / f"photos/{suffix}/1.{suffix}"

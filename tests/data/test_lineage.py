@@ -13,6 +13,7 @@ from jaxcls.data.lineage import (
     LINEAGE_FILE,
     Lineage,
     find_families,
+    is_copy_name,
     is_place,
     join_groups,
     read_lineage,
@@ -79,6 +80,19 @@ def test_damaged_lines_are_named(tmp_path, line):
 def test_places_lie_below():
     assert all(map(is_place, ("a/b", "a/b/c.jpg", "a/b..", "ü/~")))
     assert not any(map(is_place, ("", "b", "/a/b", "a/", "a//b", "a/../b", "./a/b", "a/.b", ".a/b", "a/b\0")))
+
+
+def test_copies_are_known_by_their_names():
+    assert is_copy_name("a/b.webp~0123456789abcdef.png")
+    assert is_copy_name("b~0123456789abcdef.jpg")
+    for name in (
+        "a/b.png",
+        "a~1.jpg",
+        "a~0123456789abcdef.png.jpg",
+        "a~0123456789abcdef.jpg\n",
+        "a~0123456789ABCDEF.jpg",
+    ):
+        assert not is_copy_name(name)
 
 
 def test_families_are_led_by_the_original_or_the_first_copy():

@@ -24,6 +24,8 @@ from jaxcls.data.annotations import (
     Change,
     ConflictError,
     Edit,
+    UnfinishedError,
+    View,
     list_photos,
     make_dataset,
 )
@@ -83,6 +85,19 @@ def make_hints(errors: LabelErrors | None, predictions: Predictions | None) -> H
     return hints
 
 
+@dataclass(frozen=True)
+class Listing:
+    """The photos that lay in the folder at one moment.
+
+    Attributes:
+        dataset: reads them; without labels.
+        positions: of each id in it.
+    """
+
+    dataset: Dataset
+    positions: Mapping[str, int]
+
+
 class Desk:
     """The photos of a folder as the page sees them; any number of pages and threads may ask at once.
 
@@ -103,7 +118,7 @@ class Desk:
     def page(self) -> Page:
         """What `app.serve_page` serves."""
         return Page(
-            f"annotating {self.title}, {len(self._position)} photos",
+            f"annotating {self.title}, {len(self._listing.positions)} photos",
             self._html,
             [
                 Route("/state", self._answer_state),
@@ -126,39 +141,30 @@ class Desk:
         `labels`, `folders`, `suggested` and `predicted` are positions in `names`, -1 where not known.
         """
         self.annotations.refresh()
-        ids = self._listed()
-        labels = self.annotations.labels(ids)
-        folders = [self.annotations.folder_label(photo) for photo in ids]
+        ids = self._list()
+        view = self.annotations.view(ids)
         hinted = {*self.hints.suggested.values(), *self.hints.predicted.values()}
-        self._classes = {*labels, *folders, *hinted} - {TRASH, NO_LABEL}
+        self._classes = {*view.labels, *view.folders, *hinted} - {TRASH, NO_LABEL}
         names = [NO_LABEL, TRASH, *sorted(self._classes)]
         number = {name: position for position, name in enumerate(names)}
         return {
             "title": self.title,
             "names": names,
             "ids": ids,
-            "labels": [number[label] for label in labels],
-            "folders": [number[folder] for folder in folders],
+            "labels": [number[label] for label in view.labels],
+            "folders": [number[folder] for folder in view.folders],
             "doubts": _aligned(self.hints.doubts, ids),
             "leads": _aligned(self.hints.leads, ids),
             "suggested": [number.get(self.hints.suggested.get(photo, ""), -1) for photo in ids],
             "predicted": [number.get(self.hints.predicted.get(photo, ""), -1) for photo in ids],
-            **self._position_in_journal(),
+            **_position_in_journal(view),
         }
 
-    def _listed(self) -> list[str]:
+    def _list(self) -> list[str]:
         ids = list(list_photos(self.annotations.tree.root).ids)
-        self._dataset = make_dataset(self.annotations.tree, ids, [NO_LABEL] * len(ids), self.max_pixels)
-        self._position = {photo: position for position, photo in enumerate(ids)}
+        dataset = make_dataset(self.annotations.tree, ids, [NO_LABEL] * len(ids), self.max_pixels)
+        self._listing = Listing(dataset, {photo: position for position, photo in enumerate(ids)})
         return ids
-
-    def _position_in_journal(self) -> dict[str, Any]:
-        undoable, redoable = self.annotations.undoable, self.annotations.redoable
-        return {
-            "seq": self.annotations.seq,
-            "undoable": undoable[-1].seq if undoable else None,
-            "redoable": redoable[-1].seq if redoable else None,
-        }
 
     def _html(self) -> bytes:
         return make_page(
@@ -184,15 +190,19 @@ class Desk:
             changes = [Change(*map(_text, change)) for change in body["changes"]]
         except (TypeError, KeyError) as error:
             raise RequestError(400, 'an edit is {"changes": [[id, label before, label now], ...]}') from error
-        if unknown := [change.id for change in changes if change.id not in self._position]:
+        positions = self._listing.positions
+        if unknown := [change.id for change in changes if change.id not in positions]:
             raise RequestError(404, f"{unknown[0]!r} is no photo here: load the page again")
         self._check_new_classes({change.after for change in changes} - {TRASH, NO_LABEL})
         try:
             edit = self.annotations.edit(changes)
-            self._classes |= {change.after for change in changes} - {TRASH, NO_LABEL}
+            # A new set: another thread may be reading the old one.
+            self._classes = self._classes | {change.after for change in changes} - {TRASH, NO_LABEL}
             return self._answer(edit)
         except ConflictError as error:
             return JSONResponse({"error": str(error), "present": error.present}, 409)
+        except UnfinishedError as error:
+            raise RequestError(409, str(error)) from error
         except UsageError as error:
             raise RequestError(400, str(error)) from error
 
@@ -215,21 +225,21 @@ class Desk:
     def _repeat(self, act: Callable[[int], Edit], seq: int) -> Response:
         try:
             return self._answer(act(seq))
-        except UsageError as error:
+        except (UnfinishedError, UsageError) as error:
             raise RequestError(409, str(error)) from error
 
     def _answer(self, edit: Edit) -> Response:
         changes = [[change.id, change.after] for change in edit.changes]
-        return JSONResponse({"changes": changes, **self._position_in_journal()})
+        return JSONResponse({"changes": changes, **_position_in_journal(self.annotations.view([]))})
 
     def _answer_duplicates(self, request: Request) -> Response:
-        groups = self._twins.of(self._dataset)
+        groups = self._twins.of(self._listing.dataset)
         return JSONResponse({"groups": groups}, 202 if groups is None else 200)
 
     async def _answer_photo(self, request: Request) -> Response:
-        dataset, photo = self._dataset, request.query_params.get("id", "")
+        listing, photo = self._listing, request.query_params.get("id", "")
         size = SIZES.get(request.query_params.get("size", ""))
-        position = self._position.get(photo)
+        position = listing.positions.get(photo)
         if position is None or size is None:
             raise RequestError(404, "no such photo, or no such size")
         status = await run_in_threadpool(self.annotations.tree.status, photo)
@@ -244,7 +254,7 @@ class Desk:
         if content is None:
             try:
                 loop = asyncio.get_running_loop()
-                content = await loop.run_in_executor(self._pool, encode, dataset, position, *size)
+                content = await loop.run_in_executor(self._pool, encode, listing.dataset, position, *size)
             except ImageError as error:
                 raise RequestError(422, str(error)) from error
             self._pictures.put(key, content)
@@ -283,26 +293,41 @@ class Twins:
         self._stopped = threading.Event()
         self._ids: frozenset[str] | None = None
         self._groups: list[list[str]] | None = None
+        self._error: Exception | None = None
 
     def of(self, dataset: Dataset) -> list[list[str]] | None:
-        """The ids of each group of two or more; None while they are being looked for."""
+        """The ids of each group of two or more; None while they are being looked for.
+
+        Raises:
+            RequestError: the search has failed. Whoever asks again begins another.
+        """
         ids = frozenset(dataset.ids.tolist())
         with self._lock:
             if ids != self._ids:
-                self._ids, self._groups = ids, None
-                threading.Thread(target=self._look, args=(dataset, ids), daemon=True).start()
+                self._stopped.set()  # a search among other photos
+                self._stopped = threading.Event()
+                self._ids, self._groups, self._error = ids, None, None
+                threading.Thread(target=self._look, args=(dataset, self._stopped), daemon=True).start()
+            if self._error is not None:
+                self._ids = None
+                raise RequestError(500, f"duplicates: {self._error!r}: choose them again") from self._error
             return self._groups
 
     def stop(self) -> None:
         """End the search: photos that are still to be read fail."""
-        self._stopped.set()
-
-    def _look(self, dataset: Dataset, ids: frozenset[str]) -> None:
-        found = find_duplicates(replace(dataset, source=Stoppable(dataset.source, self._stopped)))
-        groups = [dataset.ids[members].tolist() for members in found.members if len(members) > 1]
         with self._lock:
-            if ids == self._ids:
-                self._groups = groups
+            self._stopped.set()
+
+    def _look(self, dataset: Dataset, stopped: threading.Event) -> None:
+        groups = error = None
+        try:
+            found = find_duplicates(replace(dataset, source=Stoppable(dataset.source, stopped)))
+            groups = [dataset.ids[members].tolist() for members in found.members if len(members) > 1]
+        except Exception as caught:  # for whoever asks: nobody waits for this thread
+            error = caught
+        with self._lock:
+            if not stopped.is_set():
+                self._groups, self._error = groups, error
 
 
 @dataclass(frozen=True, eq=False)
@@ -323,6 +348,10 @@ class Stoppable:
     def path(self, index: int) -> Path | None:
         """The file behind a photo, where there is one."""
         return self.source.path(index)
+
+
+def _position_in_journal(view: View) -> dict[str, Any]:
+    return {"seq": view.seq, "undoable": view.undoable, "redoable": view.redoable}
 
 
 def _aligned(values: Mapping[str, float] | None, ids: Sequence[str]) -> list[float | None] | None:

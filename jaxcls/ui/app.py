@@ -30,6 +30,7 @@ from html import escape
 
 import uvicorn
 from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -63,7 +64,7 @@ class Page:
 
     Attributes:
         title: said on the terminal before the address.
-        html: makes the page, in UTF-8.
+        html: makes the page, in UTF-8; called in any thread.
         routes: all other addresses.
     """
 
@@ -81,7 +82,7 @@ def make_app(page: Page, token: str) -> Starlette:
             answer: Response = RedirectResponse("./", 303)
             answer.set_cookie(_cookie_name(token), token, httponly=True, samesite="lax")
         else:
-            answer = HTMLResponse(page.html())
+            answer = HTMLResponse(await run_in_threadpool(page.html))
         answer.headers["Cache-Control"] = "no-store"
         return answer
 

@@ -1,7 +1,9 @@
 """`jaxcls annotate`: the command, what the page may ask for, and the page in a real browser."""
 
+import os
 import re
 import select
+import shutil
 import signal
 import socket
 import socketserver
@@ -26,10 +28,13 @@ from selenium.webdriver.support.ui import Select
 from starlette.testclient import TestClient
 
 from jaxcls import cli
-from jaxcls.data.annotations import JOURNAL, NO_LABEL, TRASH, Annotations, Change
+from jaxcls.data.annotations import JOURNAL, NO_LABEL, TRASH, Annotations, Change, list_photos
+from jaxcls.data.beneath import Tree
 from jaxcls.data.lineage import LINEAGE_FILE
+from jaxcls.data.moves import apply_moves
 from jaxcls.evaluation.label_errors import LabelErrors
 from jaxcls.predictions import Predictions
+from jaxcls.ui import annotate
 from jaxcls.ui.annotate import Desk, Pictures, make_hints
 from jaxcls.ui.app import make_app
 
@@ -230,6 +235,110 @@ def test_duplicates_are_found(folder, visitor):
     assert answer.json() == {"groups": [["red/one.png", "red/two.png"]]}
 
 
+def test_a_search_for_duplicates_that_failed_says_so_and_can_be_made_again(visitor, monkeypatch):
+    def fail(dataset):
+        raise MemoryError("no room")
+
+    def wait() -> httpx2.Response:
+        return wait_for(lambda: (answer := visitor.get("/duplicates")).status_code != 202 and answer)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(annotate, "find_duplicates", fail)
+        failed = wait()
+    assert failed.status_code == 500
+    assert failed.json() == {"error": "duplicates: MemoryError('no room'): choose them again"}
+    assert (again := wait()).status_code == 200
+    assert again.json() == {"groups": []}
+
+
+def test_a_search_among_photos_that_are_no_longer_all_is_stopped(folder, visitor, monkeypatch):
+    """Its answer is not taken for that of the present photos either."""
+    find, begun, goes_on, unreadable = annotate.find_duplicates, threading.Event(), threading.Event(), []
+
+    def find_late(dataset):
+        if len(dataset) > 6:
+            return find(dataset)
+        begun.set()
+        assert goes_on.wait(10)
+        found = find(dataset)
+        unreadable.extend(found.errors)
+        return found
+
+    monkeypatch.setattr(annotate, "find_duplicates", find_late)
+    assert visitor.get("/duplicates").status_code == 202
+    assert begun.wait(10)
+    for name in ("one", "two"):
+        draw(1).save(folder / f"red/{name}.png")
+    visitor.get("/state")
+    answer = wait_for(lambda: (answer := visitor.get("/duplicates")).status_code != 202 and answer)
+    goes_on.set()
+    wait_for(lambda: len(unreadable) == 6)
+    assert answer.json() == visitor.get("/duplicates").json() == {"groups": [["red/one.png", "red/two.png"]]}
+
+
+def test_edits_wait_until_interrupted_moves_are_finished(folder, visitor, monkeypatch):
+    visitor.post("/edit", json={"changes": [["blue/0.png", "blue", "green"]]})
+
+    def interrupt(tree, path):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Tree, "remove", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            apply_moves(Annotations(folder), list_photos(folder).ids)
+    for path, body in [
+        ("/edit", {"changes": [["blue/1.png", "blue", "red"]]}), ("/undo", {"seq": 1}), ("/redo", {"seq": 1}),
+    ]:  # fmt: skip
+        answer = visitor.post(path, json=body)
+        assert answer.status_code == 409
+        assert "interrupted: start `jaxcls annotate` again" in answer.json()["error"]
+
+
+def test_no_photo_is_sent_for_another_while_the_list_is_made_anew(folder, visitor, monkeypatch):
+    def ask() -> bytes:
+        os.utime(folder / "red/0.png")  # so that it is encoded anew
+        return visitor.get("/photo", params={"id": "red/0.png", "size": "thumbnail"}).content
+
+    right, seen = ask(), []
+
+    def ask_meanwhile(ids):
+        seen.append(ask())
+        return enumerate(ids)
+
+    draw(9).save(folder / "blue/00.png")  # which shifts the others
+    monkeypatch.setattr(annotate, "enumerate", ask_meanwhile, raising=False)
+    visitor.get("/state")
+    assert seen
+    assert {*seen, ask()} == {right}
+
+
+OLD_STATE = """
+const { Labelling } = await import(process.argv[1]);
+const state = (seq, label) => ({ names: ["/unlabelled", "/trash", "blue", "red"], ids: ["a"], labels: [label],
+  folders: [2], suggested: [-1], predicted: [-1], seq, undoable: seq || null, redoable: null });
+const answer = (value) => ({ status: 200, ok: true, json: async () => value });
+let answerLate;
+globalThis.fetch = (path) => path === "edit"
+  ? Promise.resolve(answer({ changes: [["a", "red"]], seq: 1, undoable: 1, redoable: null }))
+  : new Promise((resolve) => { answerLate = () => resolve(answer(state(0, 2))); });
+const photos = new Labelling(state(0, 2));
+const sync = photos.sync(-1);
+await photos.edit(["a"], "red");
+answerLate();
+await sync;
+console.log(photos.labelOf("a"), photos.seq, photos.undoable);
+"""
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="needs node, which runs the module")
+def test_a_state_that_comes_late_does_not_take_an_edit_back(tmp_path):
+    module = tmp_path / "labelling.mjs"
+    module.write_bytes((Path(annotate.__file__).parent / "static/labelling.js").read_bytes())
+    command = ["node", "--input-type=module", "-e", OLD_STATE, str(module)]
+    ended = subprocess.run(command, capture_output=True, text=True)
+    assert (ended.stdout, ended.stderr) == ("red 1 1\n", "")
+
+
 def test_hints_by_id():
     errors = LabelErrors(
         ("blue", "red"), ("b", "a"), np.asarray([1, 0]), np.asarray([0, 1], np.int32),
@@ -412,6 +521,18 @@ def test_filters_pages_and_the_choice_below_each_photo(page):
         "probably mislabelled (start with --label-errors)",
         "the classifier sees another class (start with --model)",
     ]
+
+
+@pytest.mark.browser
+def test_photos_that_are_out_of_sight_are_not_labelled(page):
+    press(page, "a")
+    assert find(page, ".label-bar .status").text == "48 photos selected"
+    press(page, "]")
+    assert find(page, ".label-bar .status").text == ""
+    first = names(page)[0]
+    press(page, "x")
+    shows(page, first, TRASH)
+    assert "1 photo not yet moved" in find(page, "main > .muted").text
 
 
 @pytest.mark.browser

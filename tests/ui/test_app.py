@@ -1,7 +1,9 @@
 """The server of local pages: who is let in."""
 
+import asyncio
 import socket
 import sys
+import threading
 
 import pytest
 from starlette.requests import Request
@@ -121,6 +123,20 @@ def test_errors_are_answers(known):
     assert known.get("/refuse").status_code == 418
     assert known.get("/refuse").json() == {"error": "a teapot"}
     assert known.get("/nowhere").json() == {"error": "Not Found"}
+
+
+def test_the_page_is_made_beside_the_loop_that_answers_others():
+    makers = []
+
+    def make() -> bytes:
+        with pytest.raises(RuntimeError, match="no running event loop"):
+            asyncio.get_running_loop()
+        makers.append(threading.current_thread())
+        return b"page"
+
+    browser = TestClient(make_app(Page("testing", make), TOKEN), base_url=OWN)
+    assert browser.get(f"/?token={TOKEN}").content == b"page"
+    assert len(makers) == 1
 
 
 def test_a_taken_port_is_said():

@@ -153,6 +153,7 @@ class AnnotationPage {
   turn(page, current = 0) {
     this.page = Math.max(0, Math.min(this.numPages - 1, page || 0));
     Object.assign(this, { current, anchor: current });
+    if (this.selected.size > 0) this.clearSelection(); // keys never label what is out of sight
     this.slider.max = this.numPages;
     this.slider.value = this.page + 1;
     this.slider.disabled = this.numPages === 1;
@@ -397,9 +398,13 @@ class AnnotationPage {
     this.draw();
   }
 
-  selectNone() {
+  clearSelection() {
     this.selected.clear();
     this.tellSelection();
+  }
+
+  selectNone() {
+    this.clearSelection();
     this.draw();
   }
 

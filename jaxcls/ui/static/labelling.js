@@ -94,7 +94,7 @@ export class Labelling {
   // What other pages did meanwhile.
   async sync(known = this.seq) {
     const state = await ask(`state?seq=${known}`);
-    if (state === null) return;
+    if (state === null || state.seq < this.seq) return; // older than what an edit has told since it was asked for
     const before = this.ids.join("\n");
     this.take(state);
     if (before !== this.ids.join("\n")) this.groups = null;

@@ -117,14 +117,17 @@ def _scores(predictions: Predictions, max_scores: int) -> dict[str, Any]:
     # A quarter for the best images of each class, a quarter for the best classes of each image: a score that
     # is kept apart takes its place too.
     known = np.nan_to_num(scores, nan=-np.inf)
-    floors = _next_highest(known, max(1, max_scores // 4 // K), axis=0)
-    limits = _next_highest(known, max(1, max_scores // 4 // N), axis=1)
-    kept = (known > floors[None]) | (known > limits[:, None])
+    per_class = _next_highest(known, max(1, max_scores // 4 // K), axis=0)
+    per_image = _next_highest(known, max(1, max_scores // 4 // N), axis=1)
+    kept = (known > per_class[None]) | (known > per_image[:, None])
     rows = np.flatnonzero(~predictions.unreadable)
     kept[rows, scores[rows].argmax(axis=1)] = True
     if predictions.labels is not None:
         labelled = rows[predictions.labels[rows] >= 0]
         kept[labelled, predictions.labels[labelled]] = True
+    # The highest that is not kept, and not `per_class`: where many images share the top score of a class,
+    # none exceeds that, yet each may be kept as the best of its image.
+    floors = np.where(kept, -np.inf, known).max(axis=0)
     places = np.flatnonzero(kept).astype(np.uint32)
     values = scores.ravel()[places]
     return {

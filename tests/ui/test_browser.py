@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from sklearn.metrics import f1_score
 
 from jaxcls.evaluation.metrics import evaluate
 from jaxcls.evaluation.thresholds import ALWAYS, are_below
+from jaxcls.ui.results import describe
 
 pytestmark = pytest.mark.browser
 
@@ -192,6 +194,48 @@ def test_an_unreadable_photo_says_why(page):
     find(page, ".cell").click()
     assert "cut short" in find(page, ".viewer-facts").text
     press(page, Keys.ESCAPE)
+
+
+def test_curves_say_of_which_images_they_are(page):
+    assert all("of all 88 labelled images" in text.text for text in find_all(page, "figure p"))
+    scope = (
+        "of all 88 labelled images, also the 2 on which the classifier abstained; the numbers above are of"
+    )
+    assert f"{scope} the 86 answered." in find(page, ".explorer").text
+
+
+@pytest.mark.parametrize("classes", [("cup",), ("cup", "fork")])
+@pytest.mark.parametrize("kind", ["logit", "probability", "margin"])
+def test_of_one_class_there_is_no_roc_curve(driver, tmp_path, kind, classes):
+    photos = replace(make_photos(5, classes), labels=np.zeros(5, np.int32))
+    write_example(tmp_path / "report.html", make_predictions(photos, kind=kind), photos)
+    driver.get((tmp_path / "report.html").as_uri())
+    roc, pr = find_all(driver, ".plot")
+    assert roc.get_attribute("aria-label") == "ROC curve, undefined: no images of other classes"
+    assert roc.find_element(By.CSS_SELECTOR, ".curve").get_attribute("d") == ""
+    assert not roc.find_element(By.CSS_SELECTOR, ".point").is_displayed()
+    assert "average precision 1.000, of all 5 labelled images" in pr.get_attribute("aria-label")
+    assert "NaN" not in find(driver, "#page").get_attribute("innerHTML")
+    assert driver.get_log("browser") == []
+
+
+def test_a_class_none_of_whose_scores_are_whole_has_no_threshold(driver, tmp_path, monkeypatch):
+    """Class 0 is the best of all images, so all of its scores are there; of the others not all at the top."""
+    monkeypatch.setattr("jaxcls.ui.report.describe", partial(describe, max_scores=30))
+    photos = make_photos(60)
+    predictions = replace(make_predictions(photos), scores=np.zeros((60, 3), np.float32))
+    write_example(tmp_path / "report.html", predictions, photos)
+    driver.get((tmp_path / "report.html").as_uri())
+    slider, chooser = (find(driver, f".explorer-controls {tag}") for tag in ("input", "button"))
+    assert slider.is_enabled()
+    Select(field(driver, "Class")).select_by_value("1")
+    assert not slider.is_enabled()
+    assert not chooser.is_enabled()
+    text = find(driver, ".explorer").text
+    assert "No threshold can be chosen: more images share this class's highest score, 0," in text
+    Select(field(driver, "Class")).select_by_value("0")
+    assert slider.is_enabled()
+    assert driver.get_log("browser") == []
 
 
 @pytest.mark.parametrize("position", [0, 60])

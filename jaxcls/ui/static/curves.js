@@ -99,15 +99,18 @@ export class CurvePlot {
       ...axes(xName, yName), this.path, this.point);
   }
 
-  draw(curve, summary) {
-    this.curve = curve;
-    this.summary = summary;
+  // Undefined, a curve leaves only its summary.
+  draw(curve, summary, isDefined) {
+    Object.assign(this, { curve, summary, isDefined });
     this.caption.textContent = summary;
-    const shares = [NOTHING, ...curve.points].map((point) => this.coordinates(rates(curve, point)));
-    this.path.setAttribute("d", pathOf(shares, this.isStepped));
+    const shown = isDefined ? [NOTHING, ...curve.points] : [];
+    this.path.setAttribute("d", pathOf(shown.map((point) => this.coordinates(rates(curve, point))), this.isStepped));
+    this.point.setAttribute("visibility", isDefined ? "visible" : "hidden");
+    this.node.setAttribute("aria-label", `${this.title}, ${summary}`);
   }
 
   mark(point) {
+    if (!this.isDefined) return;
     const [x, y] = this.coordinates(rates(this.curve, point));
     this.point.setAttribute("cx", across(x));
     this.point.setAttribute("cy", up(y));

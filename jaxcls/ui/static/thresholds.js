@@ -50,16 +50,16 @@ export class ThresholdExplorer {
     const present = results.classes.map((name, label) => [label, name]).filter(([label]) => results.labelled[label] > 0);
     this.classes = choice(present, { onchange: () => this.pick() });
     this.slider = element("input", { type: "range", min: "0", step: "1", oninput: () => this.slide() });
+    this.chooser = button("Choose this threshold", () => this.choose());
     this.value = element("output", { class: "value" });
     this.counts = element("div", { class: "counts" });
     this.note = element("p", { class: "muted" });
     this.choices = element("div", { class: "choices" });
     this.node = element("div", { class: "explorer" },
       element("div", { class: "explorer-controls" }, labelled("Class", this.classes),
-        labelled(`Threshold (${results.kind})`, this.slider), this.value,
-        button("Choose this threshold", () => this.choose())),
+        labelled(`Threshold (${results.kind})`, this.slider), this.value, this.chooser),
       element("div", { class: "plots" }, this.figure(this.roc), this.figure(this.pr), this.counts),
-      this.note, this.choices);
+      element("p", { class: "muted", text: this.describeScope() }), this.note, this.choices);
     this.pick();
     this.drawChoices();
   }
@@ -80,16 +80,45 @@ export class ThresholdExplorer {
     const { results, label } = this;
     this.curve = makeCurve(results, label);
     const { points, isWhole } = this.curve;
-    this.roc.draw(this.curve, isWhole ? `area ${formatNumber(rocArea(this.curve))}` : "its highest scores");
-    this.pr.draw(this.curve,
-      isWhole ? `average precision ${formatNumber(averagePrecision(this.curve))}` : "its highest scores");
-    this.note.textContent = isWhole ? ""
+    const isEmpty = points.length === 0;
+    this.drawCurves();
+    this.note.textContent = isWhole ? "" : isEmpty
+      ? `No threshold can be chosen: more images share this class's highest score, ${shortest(results.floors[label])}, ` +
+        "than are in this file."
       : `The curves end at ${shortest(results.floors[label])}: lower scores of this class are not in this file.`;
+    this.slider.disabled = isEmpty;
+    this.chooser.disabled = isEmpty;
+    if (isEmpty) {
+      this.value.textContent = "–";
+      this.counts.replaceChildren();
+      return;
+    }
     this.slider.max = points.length - 1;
     const wanted = this.chosen.get(label) ?? this.stored.get(label) ?? this.bestThreshold();
     const at = points.findLastIndex(({ threshold }) => threshold >= wanted);
     this.slider.value = points.length - 1 - Math.max(0, at);
     this.slide();
+  }
+
+  drawCurves() {
+    const { points, isWhole, numOwn, numOthers } = this.curve;
+    const hasPoints = points.length > 0;
+    const scope = `of all ${formatCount(numOwn + numOthers, "labelled image")}`;
+    const summarize = (name, measure) => {
+      if (!hasPoints) return "none of its scores";
+      return isWhole ? `${name} ${formatNumber(measure(this.curve))}, ${scope}` : "its highest scores";
+    };
+    const area = numOthers === 0 ? "undefined: no images of other classes" : summarize("area", rocArea);
+    this.roc.draw(this.curve, area, hasPoints && numOthers > 0);
+    this.pr.draw(this.curve, summarize("average precision", averagePrecision), hasPoints);
+  }
+
+  describeScope() {
+    const { answered } = this.results.counts;
+    const all = this.results.counted().length;
+    return all === answered ? "" : `The curves and counts are of all ${formatCount(all, "labelled image")}, also the ` +
+      `${(all - answered).toLocaleString("en")} on which the classifier abstained; ` +
+      `the numbers above are of the ${answered.toLocaleString("en")} answered.`;
   }
 
   bestThreshold() {

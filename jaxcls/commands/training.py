@@ -20,7 +20,6 @@ from jaxcls.commands.base import (
     Command,
     PhotoCommand,
     feature_cache,
-    is_classifier,
     new_output,
     note,
     report,
@@ -170,8 +169,8 @@ class Svm(TrainingCommand):
     """Where to save the classifier."""
 
     def run(self) -> int:
-        if self.out is not None and self.out.exists() and not is_classifier(self.out):
-            raise UsageError(f"{self.out} exists and is no saved classifier: choose another path")
+        if self.out is not None and self.out.exists():
+            raise UsageError(f"{self.out} exists: choose another path, or move it away")
         train, test = self.divide()
         if test is not None and test.groups is None and (twins := find_leakage(train, test)):
             note(describe_leakage(twins, len(test)))

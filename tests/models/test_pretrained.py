@@ -112,7 +112,9 @@ def test_a_file_without_the_imagenet_head_has_no_class_names(tmp_path, variables
 
 def test_a_file_of_another_network_is_refused_by_name(tmp_path, content):
     (path := tmp_path / "w.safetensors").write_bytes(content)
-    with pytest.raises(WeightsError, match=r"w\.safetensors: .*not of resnet34: these are resnet18 weights"):
+    with pytest.raises(
+        WeightsError, match=r"w\.safetensors: .*not of resnet34: these are weights of resnet18"
+    ):
         load_pretrained("resnet34", weights=path)
     assert path.exists()
 
@@ -362,7 +364,7 @@ def test_a_damaged_file_of_pins_is_named(tmp_path, hub, publish, content):
 @pytest.mark.parametrize("is_whole", [True, False], ids=["another network", "no weights"])
 def test_what_does_not_fit_is_neither_kept_nor_pinned(tmp_path, hub, publish, content, is_whole):
     publish(content if is_whole else b"<html>Sign in to continue</html>", architecture="resnet34")
-    reason = "these are resnet18 weights" if is_whole else "not a whole safetensors file"
+    reason = "these are weights of resnet18" if is_whole else "not a whole safetensors file"
     with pytest.raises(WeightsError, match=reason):
         load_pretrained("resnet34")
     assert cached_bytes(tmp_path) == 0

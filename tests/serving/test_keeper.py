@@ -48,7 +48,8 @@ def test_ready_and_ended_in_peace(caplog):
         assert (keeper.report.state, keeper.report.name) == ("ready", "7-1")
 
     caplog.set_level(logging.INFO)
-    keep(READY + "signal.signal(signal.SIGTERM, lambda *_: sys.exit(print('bye'))); time.sleep(60)", check)
+    handle = "import signal, sys; signal.signal(signal.SIGTERM, lambda *_: sys.exit(print('bye'))); "
+    keep(handle + READY + "time.sleep(60)", check)
     assert "bye" in caplog.messages
 
 

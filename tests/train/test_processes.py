@@ -116,7 +116,8 @@ def weights_of(text):
     return re.search(r"WEIGHTS \d+", text)[0]
 
 
-@pytest.mark.parametrize("pipeline", ["streaming", pytest.param("resident", marks=SLOW)])
+@SLOW
+@pytest.mark.parametrize("pipeline", ["streaming", "resident"])
 def test_two_processes_train_as_one_with_two_devices(pipeline, world, command, tmp_path):
     config = replace(CONFIG, pipeline=pipeline)
     codes, texts = finish(start([command(tmp_path / "two", config)] * 2))

@@ -11,7 +11,15 @@ from typing import TYPE_CHECKING
 from tyro.conf import OmitArgPrefixes, Positional
 
 import jaxcls
-from jaxcls.commands.base import DONE, BackboneOptions, PhotoCommand, feature_cache, is_classifier, note
+from jaxcls.commands.base import (
+    DONE,
+    FAILED,
+    BackboneOptions,
+    PhotoCommand,
+    feature_cache,
+    is_classifier,
+    note,
+)
 from jaxcls.data.duplicates import describe_leakage, find_duplicates, find_leakage
 from jaxcls.data.inventory import compare_inventories, read_inventory, take_inventory
 from jaxcls.errors import UsageError
@@ -46,27 +54,31 @@ class Info(PhotoCommand):
             )
         if self.path is None:
             print(_describe_installation())
-        elif is_classifier(self.path):
+            return DONE
+        if is_classifier(self.path):
             print(_describe_classifier(self.path))
-        else:
-            dataset = self._read(self.path, None)
-            print(dataset.summary())
-            if self.inventory is not None:
-                _update_inventory(dataset, self.inventory)
-            jaxcls.scan(dataset)
-            print("every image can be decoded")
-            dataset = dataset.originals()
-            if self.duplicates or self.label_errors:
-                duplicates = find_duplicates(dataset)
-                dataset = replace(dataset, groups=duplicates.groups)
-                if self.duplicates:
-                    print(duplicates.summary())
-            if self.test_data is not None:
-                test = self.read(self.test_data, dataset.classes)
-                print(describe_leakage(find_leakage(dataset, test), len(test)))
-            if self.label_errors:
-                print(self.check_labels(dataset))
-        return DONE
+            return DONE
+        return self.describe_photos(self._read(self.path, None))
+
+    def describe_photos(self, photos: jaxcls.Dataset) -> int:
+        """Print what is asked for; what cannot be decoded is named, left out, and makes the exit code."""
+        print(photos.summary())
+        if self.inventory is not None:
+            _update_inventory(photos, self.inventory)
+        sound = jaxcls.scan(photos, max_bad_fraction=1.0)
+        print("\n".join(sound.notes[len(photos.notes) :]) or "every image can be decoded")
+        dataset = sound.originals()
+        if self.duplicates or self.label_errors:
+            duplicates = find_duplicates(dataset)
+            dataset = replace(dataset, groups=duplicates.groups)
+            if self.duplicates:
+                print(duplicates.summary())
+        if self.test_data is not None:
+            test = self.read(self.test_data, dataset.classes)
+            print(describe_leakage(find_leakage(dataset, test), len(test)))
+        if self.label_errors:
+            print(self.check_labels(dataset))
+        return DONE if len(sound) == len(photos) else FAILED
 
     def check_labels(self, dataset: jaxcls.Dataset) -> LabelErrors:
         """The photos whose label is probably wrong."""

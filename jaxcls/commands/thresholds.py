@@ -15,7 +15,8 @@ from tyro.conf import Positional, UseAppendAction
 from jaxcls.commands.base import DONE, Command, print_columns
 from jaxcls.errors import UsageError
 from jaxcls.evaluation.thresholds import ALWAYS, NEVER
-from jaxcls.manifest import read_thresholds, write_thresholds
+from jaxcls.manifest import read_manifest, read_thresholds, write_thresholds
+from jaxcls.predictions import Kind
 
 WORDS = {ALWAYS: "always answered", NEVER: "never answered"}
 
@@ -40,7 +41,7 @@ class Thresholds(Command):
         if self.changes or self.clear:
             kept = None if self.clear else thresholds
             values = dict(zip(classes, kept or [ALWAYS] * len(classes), strict=True))
-            values |= _parse(self.changes, classes)
+            values |= _parse(self.changes, classes, read_manifest(self.model)["head"]["kind"])
             thresholds = None if set(values.values()) == {ALWAYS} else list(values.values())
             write_thresholds(self.model, thresholds)
         if thresholds is None:
@@ -51,8 +52,8 @@ class Thresholds(Command):
         return DONE
 
 
-def _parse(changes: Sequence[str], classes: Sequence[str]) -> dict[str, float]:
-    """Class -> threshold. A class's name may hold "=": the last one counts."""
+def _parse(changes: Sequence[str], classes: Sequence[str], kind: Kind) -> dict[str, float]:
+    """Class -> threshold of scores of a kind. A class's name may hold "=": the last one counts."""
     parsed = {}
     for change in changes:
         name, equals, text = change.rpartition("=")
@@ -62,6 +63,8 @@ def _parse(changes: Sequence[str], classes: Sequence[str]) -> dict[str, float]:
             value = math.nan
         if not equals or not abs(value) <= NEVER:
             raise UsageError(f"--set {change!r}: give CLASS=SCORE, such as cup=0.7")
+        if kind == "probability" and not 0 <= value <= 1 and abs(value) != NEVER:
+            raise UsageError(f"--set {change!r}: the scores are probabilities: give one from 0 to 1")
         if name not in classes:
             raise UsageError(f"--set: no class {name!r}; known are {', '.join(classes)}")
         parsed[name] = value

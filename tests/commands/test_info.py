@@ -1,4 +1,4 @@
-"""`jaxcls info --inventory`: what became of the photos since it was asked last."""
+"""`jaxcls info`: what became of the photos since it was asked last; photos that cannot be decoded."""
 
 from contextlib import closing, suppress
 from pathlib import Path
@@ -71,3 +71,13 @@ def test_what_is_no_inventory_stays_as_it_is(folder, tmp_path, capsys):
     assert (tmp_path / "diary.txt").read_text() == "Dear diary\n"
     assert main(["info", "--inventory", str(tmp_path / "list")]) == 2
     assert "--inventory" in capsys.readouterr().err
+
+
+def test_what_is_asked_of_a_folder_is_told_though_an_image_cannot_be_decoded(folder, capsys):
+    (folder / "red/bad.png").write_text("no photo")
+    (folder / "red/twin.png").write_bytes((folder / "red/0.png").read_bytes())
+    lines = lines_of(capsys, [folder, "--duplicates"], code=1)
+    assert "1 undecodable images left out:" in lines
+    assert any("red/bad.png" in line for line in lines)
+    assert "  red/0.png, red/twin.png (exact)" in lines
+    assert "every image can be decoded" not in lines

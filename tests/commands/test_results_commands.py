@@ -78,6 +78,18 @@ def test_no_classifier(tmp_path, capsys):
     assert "is no saved classifier" in capsys.readouterr().err
 
 
+def test_thresholds_of_probabilities_are_probabilities(model, capsys):
+    manifest = json.loads((model / MANIFEST).read_text("utf-8"))
+    manifest["head"]["kind"] = "probability"
+    (model / MANIFEST).write_text(json.dumps(manifest))
+    for change in ("red=70", "red=-0.1"):
+        assert main(["thresholds", str(model), f"--set={change}"]) == 2
+        assert "give one from 0 to 1" in capsys.readouterr().err
+    assert stored(model) is None
+    assert main(["thresholds", str(model), "--set=red=1", "--set=blue=0", f"--set=green={NEVER!r}"]) == 0
+    assert stored(model) == [0, NEVER, 1]
+
+
 @pytest.mark.parametrize("thresholds", [[0.5], [0.5, 0.5, float("nan")], [0.5, 0.5, 1e39]])
 def test_thresholds_that_cannot_be_stored(model, thresholds):
     with pytest.raises(UsageError, match="one finite value for each of 3 classes"):

@@ -87,7 +87,7 @@ def weights_of(result):
     return jax.tree.leaves(result.classifier.weights)
 
 
-@pytest.mark.slow
+@SLOW
 def test_a_step_that_fails_for_memory_is_done_in_parts(photos, backbone, whole, fail_at):
     """In the second epoch: the first one is not repeated. Without batch norm, parts are the whole."""
     fail_at(3)

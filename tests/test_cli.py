@@ -319,6 +319,18 @@ def test_as_a_process(svm, folder, tmp_path):
     assert (rows[0]["id"], rows[0]["predicted"]) == (str(photo), "blue")
 
 
+def test_an_evaluation_on_training_photos_says_so(folder, svm, tmp_path, capsys):
+    out = str(tmp_path / "own.jaxcls")
+    assert main(["svm", str(folder), "--backbone", svm, "--out", out]) == 0
+    capsys.readouterr()
+    assert main(["evaluate", out, str(folder)]) == 0
+    assert (
+        "warning: 7 of these 12 images have the ids of images that were trained on" in capsys.readouterr().err
+    )
+    assert main(["evaluate", out, str(folder), "--ids", f"{out}/test_ids.txt"]) == 0
+    assert "trained on" not in capsys.readouterr().err
+
+
 def test_a_classifier_is_not_replaced(folder, svm, capsys):
     before = (Path(svm) / "classifier.json").read_bytes()
     fails(capsys, 2, ["svm", str(folder), "--backbone", svm, "--out", svm], f"{svm} exists", "choose another")

@@ -3,7 +3,6 @@
 # Annotations stay text: evaluated, those of the API would load JAX before `--help` is printed.
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated
@@ -12,9 +11,10 @@ import tyro
 from tyro.conf import OmitArgPrefixes, Positional
 
 import jaxcls
-from jaxcls.commands.base import DONE, Command, HtmlReport, PhotoCommand, expand, read_lines, report
+from jaxcls.commands.base import DONE, Command, HtmlReport, PhotoCommand, expand, note, read_lines, report
 from jaxcls.commands.output import OutputOptions
 from jaxcls.data.lines import from_line
+from jaxcls.data.splitting import TEST_IDS, TRAIN_IDS, read_split
 from jaxcls.errors import UsageError
 from jaxcls.models.precision import PLATFORMS, Platform, Precision
 
@@ -44,7 +44,20 @@ class EvaluationCommand(PhotoCommand):
                 "originals that were held out (--ids RUN/test_ids.txt), or count copies on purpose "
                 "(--allow-copies)"
             )
+        self.warn_of_training_photos(dataset)
         return classifier, dataset
+
+    def warn_of_training_photos(self, dataset: jaxcls.Dataset) -> None:
+        """Say so where photos have the ids of those that the classifier was trained on."""
+        for folder in (self.model, self.model.parent):  # as `svm` and as `train` leave them
+            if (folder / TRAIN_IDS).is_file():
+                trained, _ = read_split(folder)
+                if count := len(set(trained) & set(dataset.ids)):
+                    note(
+                        f"warning: {count} of these {len(dataset)} images have the ids of images that were "
+                        f"trained on, which flatters; the others: --ids {folder / TEST_IDS}"
+                    )
+                return
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,8 +120,8 @@ class Export(Command):
         classifier = jaxcls.load(self.model)
         if self.hub_folder is not None:
             print(f"for transformers: {classifier.export_hub(self.hub_folder)}")
-            for note in classifier.hub_notes:
-                print(f"note: {note}", file=sys.stderr)
+            for lost in classifier.hub_notes:
+                note(f"note: {lost}")
         platforms = self.platforms or (PLATFORMS if self.hub_folder is None else ())
         if platforms:
             for path in classifier.export(self.model, platforms, precision=self.precision):

@@ -115,7 +115,8 @@ def finetune(
         config: default: AMLPCV's recipe.
         eval_dataset: evaluated after every epoch; never trained on, and without augmented copies. The last
             epoch is kept, not the best: choosing by this set would leave none to measure with. Unless both
-            datasets have groups, the first message warns of its photos that show the same as a training photo.
+            datasets have groups, the first message warns of its photos that show the same as a training
+            photo.
         run_dir: an empty or new folder for `config.json`, `train_ids.txt` and `test_ids.txt` (if there
             is an `eval_dataset`), `metrics.jsonl`, TensorBoard events, `accuracy.png`, `checkpoints/` and
             `classifier/`. Ctrl-C leaves all of them as of the last whole epoch; without a folder it leaves

@@ -263,6 +263,7 @@ def test_a_flipped_bit_in_the_index(records):
     "change",
     [
         {"ids_ends": np.array([9, 2, 3])},
+        "out of order",
         {"ids_ends": np.array(3)},
         {"ids_ends": np.array([0.5, 1.5, 2.5])},
         {"labels": np.array(["a", "b", "c"])},
@@ -276,7 +277,11 @@ def test_an_index_of_the_right_checksum_that_is_none(records, change):
         index.write_bytes(b"PK garbage")
     else:
         with np.load(index) as file:
-            arrays = {**file, **change}
+            arrays = dict(file)
+        if change == "out of order":
+            arrays["ids_ends"][:2] = arrays["ids_ends"][1::-1]
+        else:
+            arrays |= change
         np.savez(index, **{name: array for name, array in arrays.items() if array is not None})
     manifest = json.loads((records / MANIFEST).read_text())
     manifest["files"][INDEX] = {"bytes": index.stat().st_size, "sha256": file_sha256(index)}

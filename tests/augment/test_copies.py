@@ -349,6 +349,7 @@ def test_a_killed_process_is_taken_up_where_it_ended(tmp_path):
     write_photos(tmp_path / "photos", {"blue": 15, "red": 15})
     code = """
 import itertools
+import os
 import sys
 from pathlib import Path
 from jaxcls import read_folder
@@ -357,19 +358,18 @@ from jaxcls.augment.copies import augment_dataset
 replace, calls = Path.replace, itertools.count()
 def stop(path, target):
     if next(calls) >= 50:  # the lineage, 30 originals and 19 copies are written
-        print("here", flush=True)
+        os.write(1, b"here\\n")  # one call: several threads get here
         sys.stdin.read()
     return replace(path, target)
 Path.replace = stop
 augment_dataset(read_folder("photos"), [ops.Fliplr(), ops.Flipud()], "out")
 """
-    process = subprocess.Popen(
+    with subprocess.Popen(
         [sys.executable, "-c", code],
         cwd=tmp_path, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    assert process.stdout.readline() == "here\n"
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+    ) as process:  # fmt: skip
+        assert process.stdout.readline() == "here\n"
+        process.send_signal(signal.SIGKILL)
     assert list((tmp_path / "out").rglob(".*"))
     photos = read_folder(tmp_path / "photos")
     known = read_lineage(tmp_path / "out")

@@ -17,6 +17,7 @@ with epy.lazy_api_imports(globals()):
         local,
         metrics,
         openapi,
+        ray,
         registry,
         replica,
         service,

@@ -18,7 +18,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 
@@ -105,15 +105,46 @@ def serve(
         ClassifierError: the classifier is damaged, or scores other than when it was saved.
         ServiceError: the device failed again and again.
     """
+    replica = make_replica(path, config, identity)
+    _raise_file_limit()
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(_serve(replica, config, listeners, on_ready))
+
+
+def make_replica(path: Path, config: ServiceConfig, identity: Identity) -> Replica:
+    """Load, compile and check a classifier: what `make_app` then needs.
+
+    Args:
+        path: of the classifier.
+        config: bounds.
+        identity: what clients are told, and must show.
+
+    Raises:
+        ClassifierError: the classifier is damaged, or scores other than when it was saved.
+    """
     classifier = load(path)
     score = make_scorer(classifier, batch_sizes=config.batch_sizes, precision=config.precision)
     check_all_sizes(score, config, path)
     seconds = measure(score, classifier, config)
-    _raise_file_limit()
+    platform, metrics = jax.default_backend(), Metrics()
+    batcher = Batcher(
+        score,
+        seconds,
+        len(classifier.classes),
+        max_in_flight=BATCHES_IN_FLIGHT.get(platform, 2),
+        linger=LINGER.get(platform, 0.003),
+        observe=metrics.observe_batch,
+    )
+    service = Service(
+        classifier, batcher, max_pixels=config.max_pixels, fetch=fetch_sync if config.allow_urls else None
+    )
+    deadline = config.deadline_ms / 1000
+    admission = Admission(
+        config.max_queue, config.max_queue_mib * 2**20, deadline, lambda: service.seconds_per_image
+    )
     gc.collect()
     gc.freeze()  # or each full collection stops all for 100 ms to find that JAX is still there
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(_serve(classifier, score, seconds, config, identity, listeners, on_ready))
+    return Replica(service, admission, metrics, identity, deadline, config.max_body_mib * 2**20)
 
 
 def check_all_sizes(score: Score, config: ServiceConfig, path: Path) -> None:
@@ -237,33 +268,14 @@ class _Protocol(HttpToolsProtocol):
 
 
 async def _serve(
-    classifier: Classifier,
-    score: Score,
-    seconds: Mapping[int, float],
+    replica: Replica,
     config: ServiceConfig,
-    identity: Identity,
     listeners: list[socket.socket],
     on_ready: Callable[[], object],
 ) -> None:
-    platform, metrics = jax.default_backend(), Metrics()
-    batcher = Batcher(
-        score,
-        seconds,
-        len(classifier.classes),
-        max_in_flight=BATCHES_IN_FLIGHT.get(platform, 2),
-        linger=LINGER.get(platform, 0.003),
-        observe=metrics.observe_batch,
-    )
-    service = Service(
-        classifier, batcher, max_pixels=config.max_pixels, fetch=fetch_sync if config.allow_urls else None
-    )
-    deadline = config.deadline_ms / 1000
-    admission = Admission(
-        config.max_queue, config.max_queue_mib * 2**20, deadline, lambda: service.seconds_per_image
-    )
-    replica = Replica(service, admission, metrics, identity, deadline, config.max_body_mib * 2**20)
-    if identity.keys is not None:
-        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, _reload, identity.keys)
+    keys = replica.identity.keys
+    if keys is not None:
+        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, _reload, keys)
     options = uvicorn.Config(
         make_app(replica),
         http=_Protocol,
@@ -281,7 +293,7 @@ async def _serve(
     watch = asyncio.create_task(server.leave_when_broken())
     await server.serve(listeners)
     watch.cancel()
-    if batcher.broken.is_set():
+    if replica.service.batcher.broken.is_set():
         raise ServiceError("the device failed on several single images: this replica must be started anew")
 
 

@@ -30,6 +30,7 @@ with epy.lazy_api_imports(globals()):
         storage,
         svm,
         train,
+        ui,
     )
     from jaxcls.augment.copies import augment_dataset
     from jaxcls.classifier import Classifier, Head, create_model, imagenet_classifier, load, load_program

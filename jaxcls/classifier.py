@@ -16,6 +16,7 @@ from safetensors.numpy import load_file
 from safetensors.numpy import save as serialize
 
 from jaxcls.errors import ClassifierError, UsageError
+from jaxcls.evaluation.thresholds import ALWAYS
 from jaxcls.manifest import (
     FORMAT,
     FORMAT_VERSION,
@@ -148,6 +149,23 @@ class Classifier:
             self.head.normalize,
             self.head.calibration,
         )
+
+    def with_thresholds(self, thresholds: Mapping[str, float]) -> "Classifier":
+        """This classifier with other thresholds: it abstains where its best class scores below its own.
+
+        Args:
+            thresholds: class -> lowest score at which it is answered, in the units of the scores. Classes that
+                it does not name are always answered; {}: all of them.
+
+        Raises:
+            UsageError: a class that the classifier does not have, or a threshold that is NaN.
+        """
+        if unknown := [name for name in thresholds if name not in self.classes]:
+            raise UsageError(f"thresholds: no class {unknown[0]!r}; known are {', '.join(self.classes)}")
+        if wrong := [name for name, value in thresholds.items() if math.isnan(value)]:
+            raise UsageError(f"thresholds: that of {wrong[0]!r} is NaN")
+        values = np.asarray([thresholds.get(name, ALWAYS) for name in self.classes], np.float32)
+        return replace(self, head=replace(self.head, thresholds=values if thresholds else None))
 
     def save(self, path: str | Path) -> Path:
         """Write the classifier as a folder: manifest, weights and parity vectors; return its path.

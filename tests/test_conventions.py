@@ -37,14 +37,14 @@ classifier
 scoring
 feature_cache
 serving.config serving.wire serving.openapi serving.auth serving.client
-serving.admission serving.batcher serving.metrics serving.service serving.app serving.replica
+serving.admission serving.batcher serving.metrics serving.service serving.app serving.replica serving.ray
 serving.registry serving.keeper serving.supervisor serving.local serving.deployment
 serving.load_test serving.load_generator serving.docker
 train.config train.state train.optimizer train.step train.memory train.signals train.checkpoint
 train.reporters train.folder
 train.finetune
 svm.samples svm.newton svm.solver svm.calibration svm.cross_validation svm.labels svm.fit
-ui.extra ui.app ui.annotate ui.review
+ui.extra ui.app ui.desk ui.review_page ui.widgets
 quickstart
 commands.base commands.output commands.info commands.gather commands.annotate commands.augment commands.pack
 commands.training commands.scoring commands.review commands.thresholds commands.service

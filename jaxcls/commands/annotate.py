@@ -14,13 +14,12 @@ import jaxcls
 from jaxcls.commands.base import DONE, FAILED, BackboneOptions, PhotoCommand, feature_cache, note
 from jaxcls.data.annotations import NO_LABEL, TRASH, Annotations, Move, list_photos, make_dataset
 from jaxcls.data.duplicates import find_duplicates
-from jaxcls.data.lineage import LINEAGE_FILE
 from jaxcls.data.moves import Outcome, apply_moves, finish_moves, plan_moves, plan_return, return_moves
 from jaxcls.errors import DatasetError, UsageError
 from jaxcls.storage import Storage
 
 if TYPE_CHECKING:
-    from jaxcls.ui.annotate import Hints
+    from jaxcls.ui.desk import Hints
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,10 +58,6 @@ class Annotate(PhotoCommand):
         photos = list_photos(self.data)
         if not photos.ids:
             raise DatasetError(f"{self.data} holds no images that could be annotated")
-        if (self.data / LINEAGE_FILE).exists():
-            raise DatasetError(
-                f"{self.data} holds augmented copies: annotate the folder of originals, and augment it again"
-            )
         for line in photos.notes:
             note(line)
         annotations = Annotations(self.data, unlabelled=self.unlabelled)
@@ -93,8 +88,8 @@ class Annotate(PhotoCommand):
         from jaxcls.ui.extra import require_extra
 
         require_extra()
-        from jaxcls.ui.annotate import Desk
         from jaxcls.ui.app import serve_page
+        from jaxcls.ui.desk import Desk
 
         desk = Desk(annotations, self._find_hints(annotations, ids), max_pixels=self.max_pixels)
         try:
@@ -107,7 +102,7 @@ class Annotate(PhotoCommand):
         return DONE
 
     def _find_hints(self, annotations: Annotations, ids: tuple[str, ...]) -> Hints:
-        from jaxcls.ui.annotate import make_hints
+        from jaxcls.ui.desk import make_hints
 
         if self.model is None and not self.label_errors:
             return make_hints(None, None)

@@ -21,7 +21,7 @@ class Review(EvaluationCommand):
     def run(self) -> int:
         require_extra()
         from jaxcls.ui.app import serve_page
-        from jaxcls.ui.review import review_page
+        from jaxcls.ui.review_page import review_page
 
         classifier, dataset = self.load()
         predictions = jaxcls.predict(classifier, dataset, progress=True)

@@ -30,6 +30,7 @@ from jaxcls.data.beneath import BeneathSource, Tree, is_name, is_path
 from jaxcls.data.dataset import ID_DTYPE, UNLABELLED, Dataset
 from jaxcls.data.folder import list_images
 from jaxcls.data.images import MAX_PIXELS
+from jaxcls.data.lineage import LINEAGE_FILE
 from jaxcls.errors import DatasetError, UsageError
 from jaxcls.storage import locked
 
@@ -140,12 +141,16 @@ class Annotations:
         unlabelled: sub-folders whose photos have no label yet, as those in `root` itself.
 
     Raises:
-        DatasetError: a damaged journal, or one that cannot be read.
+        DatasetError: a damaged journal, or one that cannot be read; or the folder holds augmented copies.
         UsageError: `unlabelled` names no sub-folder of `root`.
     """
 
     def __init__(self, root: str | Path, *, unlabelled: Sequence[str] = ()) -> None:
         self.tree = Tree(Path(root))
+        if (self.tree.root / LINEAGE_FILE).exists():
+            raise DatasetError(
+                f"{root} holds augmented copies: annotate the folder of originals, and augment it again"
+            )
         self.unlabelled = tuple(unlabelled)
         for name in self.unlabelled:
             if not is_name(name) or not (self.tree.root / name).is_dir():

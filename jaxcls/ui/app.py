@@ -27,6 +27,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from html import escape
+from typing import Any
 
 import uvicorn
 from starlette.applications import Starlette
@@ -37,7 +38,7 @@ from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse, Response
 from starlette.routing import BaseRoute, Route
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp, ExceptionHandler, Message, Receive, Scope, Send
 
 from jaxcls.errors import JaxclsError, RequestError, UsageError
 from jaxcls.storage import Storage
@@ -89,7 +90,7 @@ def make_app(page: Page, token: str) -> Starlette:
     return Starlette(
         routes=[Route("/", show), *page.routes],
         middleware=[Middleware(Guard, token=token)],
-        exception_handlers={JaxclsError: _refuse, HTTPException: _refuse_http, Exception: _fail},
+        exception_handlers=HANDLERS,
     )
 
 
@@ -238,3 +239,9 @@ async def _refuse_http(request: Request, error: Exception) -> Response:
 
 async def _fail(request: Request, error: Exception) -> Response:
     return _problem(500, "the page has failed; its terminal says more")
+
+
+HANDLERS: Mapping[Any, ExceptionHandler] = {
+    JaxclsError: _refuse, HTTPException: _refuse_http, Exception: _fail,
+}  # fmt: skip
+"""Of what a page's routes raise."""

@@ -25,7 +25,7 @@ def describe(
     evaluation: Evaluation,
     *,
     title: str,
-    model: Path,
+    model: Path | None = None,
     thresholds: NDArray[np.float32] | None = None,
     max_scores: int = MAX_SCORES,
 ) -> dict[str, Any]:
@@ -35,23 +35,16 @@ def describe(
         predictions: with labels.
         evaluation: of them.
         title: of the page.
-        model: the saved classifier, for the command that stores thresholds.
+        model: the saved classifier, for the command that stores thresholds; None: show none.
         thresholds: float32 [K], its own.
         max_scores: with more, of each class and each image the highest are kept.
     """
-    labels = np.full(len(predictions), -1) if predictions.labels is None else predictions.labels
     per_class = evaluation.per_class()
     truths, answers = np.nonzero(evaluation.confusion)
-    # With those abstained from, which a threshold counts; `per_class.support` is of the answered.
-    labelled = np.bincount(
-        labels[(labels >= 0) & ~predictions.unreadable], minlength=len(predictions.classes)
-    )
     return {
         "title": title,
-        "model": quote(str(model)),
-        "kind": predictions.kind,
+        "model": None if model is None else quote(str(model)),
         "scoreName": SCORE_NAMES[predictions.kind],
-        "classes": predictions.classes,
         "numbers": [
             {"name": name, "value": _plain(value), "low": _plain(low), "high": _plain(high)}
             for name, (value, interval) in numbers(evaluation).items()
@@ -65,19 +58,42 @@ def describe(
         },
         "perClass": {name: _plain_list(getattr(per_class, name)) for name in ("precision", "recall", "f1")},
         "support": per_class.support.tolist(),
-        "labelled": labelled.tolist(),
         "confusion": np.stack([truths, answers, evaluation.confusion[truths, answers]], axis=1).tolist(),
+        "lossName": "Behind the best other by" if predictions.kind == "margin" else "Loss",
+        "losses": _plain_list(losses(predictions)),
+        "normalizers": _normalizers(predictions),
+        **describe_scores(predictions, thresholds=thresholds, max_scores=max_scores),
+        **_wrong_labels(predictions),
+    }
+
+
+def describe_scores(
+    predictions: Predictions,
+    *,
+    thresholds: NDArray[np.float32] | None = None,
+    max_scores: int = MAX_SCORES,
+) -> dict[str, Any]:
+    """Of N images and K classes what the threshold explorer shows.
+
+    Args:
+        predictions, thresholds, max_scores: as in `describe`.
+    """
+    labels = np.full(len(predictions), -1) if predictions.labels is None else predictions.labels
+    # With those abstained from, which a threshold counts.
+    labelled = np.bincount(
+        labels[(labels >= 0) & ~predictions.unreadable], minlength=len(predictions.classes)
+    )
+    return {
+        "kind": predictions.kind,
+        "classes": predictions.classes,
+        "labelled": labelled.tolist(),
         "ids": predictions.ids,
         "truth": labels.tolist(),
         "best": predictions.top(1)[:, 0].tolist(),
         "abstained": np.flatnonzero(predictions.abstained).tolist(),
         "errors": {str(index): message for index, message in predictions.errors.items()},
-        "lossName": "Behind the best other by" if predictions.kind == "margin" else "Loss",
-        "losses": _plain_list(losses(predictions)),
-        "normalizers": _normalizers(predictions),
         "thresholds": None if thresholds is None else thresholds.tolist(),
         **_scores(predictions, max_scores),
-        **_wrong_labels(predictions),
     }
 
 

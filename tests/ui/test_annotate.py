@@ -34,9 +34,9 @@ from jaxcls.data.lineage import LINEAGE_FILE
 from jaxcls.data.moves import apply_moves
 from jaxcls.evaluation.label_errors import LabelErrors
 from jaxcls.predictions import Predictions
-from jaxcls.ui import annotate
-from jaxcls.ui.annotate import Desk, Pictures, make_hints
+from jaxcls.ui import desk
 from jaxcls.ui.app import make_app
+from jaxcls.ui.desk import Desk, Pictures, make_hints
 
 
 @pytest.fixture
@@ -70,12 +70,12 @@ def visiting(address: str):
 @pytest.fixture
 def visitor(folder):
     """A client of the page, in this process."""
-    desk = Desk(Annotations(folder), make_hints(None, None))
+    served = Desk(Annotations(folder), make_hints(None, None))
     own = "http://127.0.0.1:8000"
-    visitor = TestClient(make_app(desk.page(), "token"), base_url=own, headers={"origin": own})
+    visitor = TestClient(make_app(served.page(), "token"), base_url=own, headers={"origin": own})
     visitor.get("/?token=token")
     yield visitor
-    desk.close()
+    served.close()
 
 
 def run(*arguments) -> int:
@@ -243,7 +243,7 @@ def test_a_search_for_duplicates_that_failed_says_so_and_can_be_made_again(visit
         return wait_for(lambda: (answer := visitor.get("/duplicates")).status_code != 202 and answer)
 
     with monkeypatch.context() as patch:
-        patch.setattr(annotate, "find_duplicates", fail)
+        patch.setattr(desk, "find_duplicates", fail)
         failed = wait()
     assert failed.status_code == 500
     assert failed.json() == {"error": "duplicates: MemoryError('no room'): choose them again"}
@@ -253,7 +253,7 @@ def test_a_search_for_duplicates_that_failed_says_so_and_can_be_made_again(visit
 
 def test_a_search_among_photos_that_are_no_longer_all_is_stopped(folder, visitor, monkeypatch):
     """Its answer is not taken for that of the present photos either."""
-    find, begun, goes_on, unreadable = annotate.find_duplicates, threading.Event(), threading.Event(), []
+    find, begun, goes_on, unreadable = desk.find_duplicates, threading.Event(), threading.Event(), []
 
     def find_late(dataset):
         if len(dataset) > 6:
@@ -264,7 +264,7 @@ def test_a_search_among_photos_that_are_no_longer_all_is_stopped(folder, visitor
         unreadable.extend(found.errors)
         return found
 
-    monkeypatch.setattr(annotate, "find_duplicates", find_late)
+    monkeypatch.setattr(desk, "find_duplicates", find_late)
     assert visitor.get("/duplicates").status_code == 202
     assert begun.wait(10)
     for name in ("one", "two"):
@@ -306,7 +306,7 @@ def test_no_photo_is_sent_for_another_while_the_list_is_made_anew(folder, visito
         return enumerate(ids)
 
     draw(9).save(folder / "blue/00.png")  # which shifts the others
-    monkeypatch.setattr(annotate, "enumerate", ask_meanwhile, raising=False)
+    monkeypatch.setattr(desk, "enumerate", ask_meanwhile, raising=False)
     visitor.get("/state")
     assert seen
     assert {*seen, ask()} == {right}
@@ -316,12 +316,11 @@ OLD_STATE = """
 const { Labelling } = await import(process.argv[1]);
 const state = (seq, label) => ({ names: ["/unlabelled", "/trash", "blue", "red"], ids: ["a"], labels: [label],
   folders: [2], suggested: [-1], predicted: [-1], seq, undoable: seq || null, redoable: null });
-const answer = (value) => ({ status: 200, ok: true, json: async () => value });
 let answerLate;
-globalThis.fetch = (path) => path === "edit"
-  ? Promise.resolve(answer({ changes: [["a", "red"]], seq: 1, undoable: 1, redoable: null }))
-  : new Promise((resolve) => { answerLate = () => resolve(answer(state(0, 2))); });
-const photos = new Labelling(state(0, 2));
+const ask = (path) => path === "edit"
+  ? Promise.resolve({ changes: [["a", "red"]], seq: 1, undoable: 1, redoable: null })
+  : new Promise((resolve) => { answerLate = () => resolve(state(0, 2)); });
+const photos = new Labelling(state(0, 2), { ask });
 const sync = photos.sync(-1);
 await photos.edit(["a"], "red");
 answerLate();
@@ -333,7 +332,7 @@ console.log(photos.labelOf("a"), photos.seq, photos.undoable);
 @pytest.mark.skipif(shutil.which("node") is None, reason="needs node, which runs the module")
 def test_a_state_that_comes_late_does_not_take_an_edit_back(tmp_path):
     module = tmp_path / "labelling.mjs"
-    module.write_bytes((Path(annotate.__file__).parent / "static/labelling.js").read_bytes())
+    module.write_bytes((Path(desk.__file__).parent / "static/labelling.js").read_bytes())
     command = ["node", "--input-type=module", "-e", OLD_STATE, str(module)]
     ended = subprocess.run(command, capture_output=True, text=True)
     assert (ended.stdout, ended.stderr) == ("red 1 1\n", "")

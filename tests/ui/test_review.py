@@ -26,7 +26,7 @@ from jaxcls.data.source import MemorySource
 from jaxcls.errors import UsageError
 from jaxcls.evaluation.metrics import evaluate
 from jaxcls.ui.app import make_app
-from jaxcls.ui.review import review_page
+from jaxcls.ui.review_page import review_page
 
 TOKEN = "a token"
 COLOURS = {"red": (255, 0, 0), "blue": (0, 0, 255)}

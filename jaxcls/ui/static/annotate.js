@@ -1,7 +1,8 @@
-// The entry of the page on which photos are labelled: pages of thumbnails, and labels by key or click.
+// Labelling photos: pages of thumbnails, and labels by key or click.
 
 import { button, choice, element, formatCount, formatNumber, isTyping, labelled, nameElement } from "./dom.js";
-import { choosePhotos, FILTERS, Labelling, NO_LABEL, PHOTO_ORDERS, titleOf, TRASH } from "./labelling.js";
+import { choosePhotos, FILTERS, NO_LABEL, PHOTO_ORDERS, titleOf, TRASH } from "./labelling.js";
+import { imageElement } from "./photos.js";
 
 const PAGE_SIZES = [24, 48, 96, 192];
 const CLASS_KEYS = "1234567890";
@@ -21,9 +22,9 @@ const HELP = [
   ["?", "this list"],
 ];
 
-function pictureOf(id, size, onFailure = () => {}) {
-  const node = element("img", { src: `photo?${new URLSearchParams({ id, size })}`, alt: "", draggable: "false",
-    loading: size === "thumbnail" ? "lazy" : "eager" });
+function pictureOf(photos, id, size, onFailure = () => {}) {
+  const address = photos.server.picture(`photo?${new URLSearchParams({ id, size })}`);
+  const node = imageElement(address, { loading: size === "thumbnail" ? "lazy" : "eager" });
   node.addEventListener("error", () => {
     node.replaceWith(element("span", { class: "no-picture", text: "unreadable" }));
     onFailure();
@@ -39,20 +40,24 @@ function showLabel(control, label) {
   control.value = label;
 }
 
-class AnnotationPage {
-  constructor(root, payload) {
-    this.photos = new Labelling(payload);
-    const saved = new URLSearchParams(location.hash.slice(1));
+export class AnnotationView {
+  // Keys and clicks are heard everywhere, or else only within `surface`; `remember` is told what is looked at.
+  constructor(root, photos, { surface = document, saved = new URLSearchParams(), remember = () => {} } = {}) {
     const pageSize = PAGE_SIZES.find((size) => size === Number(saved.get("size"))) ?? 48;
-    Object.assign(this, { shown: [], page: 0, pageSize, current: 0, anchor: 0, selected: new Set(), cells: new Map() });
+    Object.assign(this, { root, photos, remember, shown: [], page: 0, pageSize, current: 0, anchor: 0,
+      selected: new Set(), cells: new Map() });
     this.build(root, saved);
-    this.photos.listen((news) => this.hear(news));
+    photos.listen((news) => this.hear(news));
     this.choose(Number(saved.get("page") ?? 1) - 1);
-    document.addEventListener("keydown", (event) => this.press(event));
+    surface.addEventListener("keydown", (event) => this.press(event));
     for (const kind of ["pointerdown", "keydown"]) {
-      document.addEventListener(kind, () => (this.isPointing = kind === "pointerdown"), { capture: true });
+      surface.addEventListener(kind, () => (this.isPointing = kind === "pointerdown"), { capture: true });
     }
-    setInterval(() => this.syncInBackground(), SYNC_MILLISECONDS);
+    this.timer = setInterval(() => this.syncInBackground(), SYNC_MILLISECONDS);
+  }
+
+  close() {
+    clearInterval(this.timer);
   }
 
   build(root, saved) {
@@ -164,16 +169,16 @@ class AnnotationPage {
     this.cells = new Map(this.onPage.map((id, place) => [id, this.makeCell(id, place)]));
     const none = element("li", { class: "muted", text: "No photo is shown with this filter." });
     this.list.replaceChildren(...(this.cells.size > 0 ? [...this.cells.values()].map(({ node }) => node) : [none]));
-    scrollTo(0, 0);
+    if (this.root.getBoundingClientRect().top < 0) this.root.scrollIntoView();
     this.draw();
     const { value: filter } = this.filter;
-    history.replaceState(null, "", `#${new URLSearchParams({ filter, order: this.order.value, size: this.pageSize, page: this.page + 1 })}`);
+    this.remember(new URLSearchParams({ filter, order: this.order.value, size: this.pageSize, page: this.page + 1 }));
   }
 
   makeCell(id, place) {
     const picture = button("", (event) => this.click(place, event), { class: "picture", "aria-label": `Select ${id}`,
       ondblclick: () => this.openZoom(place) });
-    picture.append(pictureOf(id, "thumbnail", () => picture.setAttribute("aria-label", `Select ${id}, unreadable`)));
+    picture.append(pictureOf(this.photos, id, "thumbnail", () => picture.setAttribute("aria-label", `Select ${id}, unreadable`)));
     const label = this.makeLabelChoice(() => id, { "aria-label": `Label of ${id}` });
     const zoom = button("⤢", () => this.openZoom(place), { class: "zoom", "aria-label": `Zoom ${id}` });
     const hint = element("div", { class: "caption muted" });
@@ -435,11 +440,9 @@ class AnnotationPage {
     const id = this.onPage[this.current];
     if (!zoom.node.open || id === undefined) return;
     zoom.title.replaceChildren(nameElement(id));
-    if (zoom.id !== id) zoom.picture.replaceChildren(pictureOf(id, "whole"));
+    if (zoom.id !== id) zoom.picture.replaceChildren(pictureOf(photos, id, "whole"));
     zoom.id = id;
     showLabel(zoom.label, photos.labelOf(id));
     zoom.hint.replaceChildren(...this.hints(photos.places.get(id)));
   }
 }
-
-new AnnotationPage(document.getElementById("page"), JSON.parse(document.getElementById("photos").textContent));

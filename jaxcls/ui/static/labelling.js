@@ -8,22 +8,9 @@ export function titleOf(label) {
   return TITLES.get(label) ?? label;
 }
 
-async function ask(path, body) {
-  const options = body === undefined ? {} : { method: "POST", body: JSON.stringify(body) };
-  let response;
-  try {
-    response = await fetch(path, options);
-  } catch {
-    throw new Error("No answer: is `jaxcls annotate` still running, and the connection to it open? Nothing was changed.");
-  }
-  const answer = response.status === 204 ? null : await response.json();
-  if (!response.ok) throw Object.assign(new Error(answer.error), { status: response.status });
-  return answer;
-}
-
 export class Labelling {
-  constructor(payload) {
-    Object.assign(this, { classes: [], groups: null, listeners: [], last: Promise.resolve() });
+  constructor(payload, server) {
+    Object.assign(this, { server, classes: [], groups: null, listeners: [], last: Promise.resolve() });
     this.take(payload);
   }
 
@@ -65,7 +52,7 @@ export class Labelling {
       const changes = photos.filter((id) => this.places.has(id) && this.labelOf(id) !== label)
         .map((id) => [id, this.labelOf(id), label]);
       if (changes.length === 0) return;
-      const answer = await ask("edit", { changes });
+      const answer = await this.server.ask("edit", { changes });
       this.addClass(label);
       await this.follow(answer, `${changes.length === 1 ? changes[0][0] : `${changes.length} photos`}: ${titleOf(label)}`);
     });
@@ -73,13 +60,13 @@ export class Labelling {
 
   undo() {
     return this.enqueue(async () => {
-      if (this.undoable) await this.follow(await ask("undo", { seq: this.undoable }), "Undone");
+      if (this.undoable) await this.follow(await this.server.ask("undo", { seq: this.undoable }), "Undone");
     });
   }
 
   redo() {
     return this.enqueue(async () => {
-      if (this.redoable) await this.follow(await ask("redo", { seq: this.redoable }), "Done again");
+      if (this.redoable) await this.follow(await this.server.ask("redo", { seq: this.redoable }), "Done again");
     });
   }
 
@@ -93,7 +80,7 @@ export class Labelling {
 
   // What other pages did meanwhile.
   async sync(known = this.seq) {
-    const state = await ask(`state?seq=${known}`);
+    const state = await this.server.ask(`state?seq=${known}`);
     if (state === null || state.seq < this.seq) return; // older than what an edit has told since it was asked for
     const before = this.ids.join("\n");
     this.take(state);
@@ -103,7 +90,7 @@ export class Labelling {
 
   async findDuplicates() {
     for (;;) {
-      const { groups } = await ask("duplicates");
+      const { groups } = await this.server.ask("duplicates");
       if (groups !== null) {
         this.groups = groups;
         return;

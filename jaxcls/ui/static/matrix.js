@@ -24,7 +24,7 @@ function cellButton(results, selection, cell, strongest) {
       selection.change({ truth: "", predicted: "" });
     } else {
       selection.change({ ...EVERYTHING, ...filter, order: selection.filter.order });
-      document.getElementById("images")?.scrollIntoView();
+      node.getRootNode().getElementById("images")?.scrollIntoView();
     }
   });
   selection.listen(() => node.setAttribute("aria-pressed", isPressed()));

@@ -1,5 +1,6 @@
 // The entry of a page: what to show stands in the document itself.
 
+import { EmbeddedPhotos, ServedPhotos } from "./photos.js";
 import { showResults } from "./report.js";
 
 function embedded(id) {
@@ -7,4 +8,8 @@ function embedded(id) {
   return node === null ? null : JSON.parse(node.textContent);
 }
 
-showResults(document.getElementById("page"), embedded("results"), embedded("thumbnails"));
+const results = embedded("results");
+const thumbnails = embedded("thumbnails");
+const server = { picture: (path) => path };
+showResults(document.getElementById("page"), results,
+  thumbnails === null ? new ServedPhotos(server, results.photosVersion) : new EmbeddedPhotos(thumbnails));

@@ -1,4 +1,4 @@
-// Where the pictures come from: embedded thumbnails, or the server of a page.
+// Where the pictures come from: embedded thumbnails, or who answers the view.
 
 import { element } from "./dom.js";
 
@@ -19,22 +19,29 @@ export class EmbeddedPhotos {
 
 // The browser keeps what it has shown: the version tells it the photos of another page, which had this address before.
 export class ServedPhotos {
-  constructor(version) {
-    this.version = version;
+  constructor(server, version) {
+    Object.assign(this, { server, version });
   }
 
   thumbnail(i) {
-    return `thumbnails/${i}?v=${this.version}`;
+    return this.server.picture(`thumbnails/${i}?v=${this.version}`);
   }
 
   whole(i) {
-    return `photos/${i}?v=${this.version}`;
+    return this.server.picture(`photos/${i}?v=${this.version}`);
   }
 }
 
-// Beside the picture there is its name in text: to a screen reader it adds nothing.
+// Of an address, or the promise of one. Beside the picture there is its name in text: to a screen reader it adds nothing.
+export function imageElement(address, attributes = {}) {
+  const node = element("img", { alt: "", draggable: "false", ...attributes });
+  Promise.resolve(address).then((known) => (node.src = known), () => node.dispatchEvent(new Event("error")));
+  node.addEventListener("load", () => URL.revokeObjectURL(node.src));
+  return node;
+}
+
 export function pictureElement(results, source, i) {
   if (results.errors[i] !== undefined) return element("span", { class: "no-picture", text: "unreadable" });
   if (source === null) return element("span", { class: "no-picture", text: "not embedded" });
-  return element("img", { src: source, alt: "", draggable: "false" });
+  return imageElement(source);
 }

@@ -1,11 +1,10 @@
-// A page of results, in a report or from `jaxcls review`: all views of one selection.
+// Results, in a report, from `jaxcls review` or in a notebook: all views of one selection.
 
 import { button, element, isTyping } from "./dom.js";
 import { filterBar } from "./filters.js";
 import { Grid } from "./grid.js";
 import { confusionView } from "./matrix.js";
 import { numbersView } from "./numbers.js";
-import { EmbeddedPhotos, ServedPhotos } from "./photos.js";
 import { Results, Selection } from "./results.js";
 import { suspectView } from "./suspects.js";
 import { ThresholdExplorer } from "./thresholds.js";
@@ -34,9 +33,17 @@ function section(id, title, ...content) {
     element("h2", { id: `${id}-title`, text: title }), ...content);
 }
 
-export function showResults(root, payload, thumbnails) {
+// Links work by themselves, but in a shadow tree, where only this finds their section.
+function goTo(event) {
+  const root = event.target.getRootNode();
+  if (root === document) return;
+  event.preventDefault();
+  root.querySelector(event.target.getAttribute("href")).scrollIntoView();
+}
+
+// Keys are heard everywhere, or else only within `surface`.
+export function showResults(root, payload, photos, surface = document) {
   const results = new Results(payload);
-  const photos = thumbnails === null ? new ServedPhotos(results.photosVersion) : new EmbeddedPhotos(thumbnails);
   const selection = new Selection(results);
   const viewer = new Viewer(results, photos);
   const help = helpDialog();
@@ -53,11 +60,11 @@ export function showResults(root, payload, thumbnails) {
   root.replaceChildren(
     element("header", {}, element("h1", { text: results.title }),
       element("nav", { "aria-label": "Sections" },
-        ...sections.map(([id, title]) => element("a", { href: `#${id}`, text: title })),
+        ...sections.map(([id, title]) => element("a", { href: `#${id}`, text: title, onclick: goTo })),
         button("Keys (?)", () => help.showModal()))),
     element("main", {}, ...sections.map((parts) => section(...parts))),
     element("footer", { class: "muted", text: results.note }), viewer.node, help);
-  document.addEventListener("keydown", (event) => {
+  surface.addEventListener("keydown", (event) => {
     if (isTyping(event.target) || viewer.node.open || help.open || event.ctrlKey || event.metaKey || event.altKey) return;
     if (event.key === "/") filters.search.focus();
     else if (event.key === "?") help.showModal();

@@ -38,8 +38,9 @@ export function countAnswers(results, thresholds) {
 }
 
 export class ThresholdExplorer {
-  constructor(results) {
-    this.results = results;
+  // `tell` hears of the chosen thresholds: label -> score.
+  constructor(results, tell = () => {}) {
+    Object.assign(this, { results, tell });
     this.chosen = new Map();
     const stored = [...(results.thresholds ?? []).entries()];
     this.stored = new Map(stored.filter(([, threshold]) => threshold > ALWAYS));
@@ -114,7 +115,7 @@ export class ThresholdExplorer {
   }
 
   describeScope() {
-    const { answered } = this.results.counts;
+    const answered = this.results.verdicts.filter((verdict) => verdict === "right" || verdict === "wrong").length;
     const all = this.results.counted().length;
     return all === answered ? "" : `The curves and counts are of all ${formatCount(all, "labelled image")}, also the ` +
       `${(all - answered).toLocaleString("en")} on which the classifier abstained; ` +
@@ -169,11 +170,13 @@ export class ThresholdExplorer {
 
   choose() {
     this.chosen.set(this.label, this.point.threshold);
+    this.tell(this.chosen);
     this.drawChoices();
   }
 
   forget(label) {
     this.chosen.delete(label);
+    this.tell(this.chosen);
     this.drawChoices();
   }
 
@@ -188,20 +191,24 @@ export class ThresholdExplorer {
     const { results, chosen } = this;
     if (chosen.size === 0) {
       this.choices.replaceChildren(element("p", { class: "muted",
-        text: "Chosen thresholds are collected here, as a command that stores them in the classifier." }));
+        text: "Chosen thresholds are collected here." }));
       return;
     }
     const counts = countAnswers(results, new Map([...this.stored, ...chosen]));
     const items = [...chosen].map(([label, value]) => element("li", {}, nameElement(results.classes[label]),
       ` ≥ ${shortest(value)} `, button("Remove", () => this.forget(label),
         { "aria-label": `Remove the threshold of ${results.classes[label]}` })));
-    const command = element("pre", { class: "command", tabindex: "0", "aria-label": "Command", text: this.command() });
-    const copied = element("span", { role: "status" });
     this.choices.replaceChildren(
       element("h3", { text: "Chosen thresholds" }), element("ul", {}, ...items),
       element("p", { class: "effect", text: `Answered: ${share(counts.answered, counts.all)}; of these right: ` +
         `${share(counts.right, counts.answered)}. Without thresholds: ${this.withoutThresholds()}.` }),
-      command, button("Copy the command", () => copyText(command, copied)), " ", copied);
+      ...(results.model == null ? [] : this.commandParts()));
+  }
+
+  commandParts() {
+    const command = element("pre", { class: "command", tabindex: "0", "aria-label": "Command", text: this.command() });
+    const copied = element("span", { role: "status" });
+    return [command, button("Copy the command", () => copyText(command, copied)), " ", copied];
   }
 
   withoutThresholds() {

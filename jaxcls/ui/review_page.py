@@ -2,6 +2,7 @@
 
 import secrets
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,9 +44,18 @@ def review_page(
     model = Path(model)
     title = f"{model.name or model} on {dataset.name}"
     results = describe(predictions, evaluation, title=title, model=model, thresholds=thresholds)
+    html = make_page(title, {"results": with_photos(results)}, sources={"img-src": "'self' data:"})
+    return Page(f"results of {title}", lambda: html, [photo_route(dataset)])
+
+
+def with_photos(results: dict[str, Any]) -> dict[str, Any]:
+    """Results whose photos a `photo_route` shows."""
     # A part of their addresses: a later page has other photos, and the browser keeps those of this one.
-    data = results | {"photosVersion": secrets.token_hex(8), "note": f"{len(dataset):,} photos."}
-    html = make_page(title, {"results": data}, sources={"img-src": "'self' data:"})
+    return results | {"photosVersion": secrets.token_hex(8), "note": f"{len(results['ids']):,} photos."}
+
+
+def photo_route(dataset: Dataset) -> Route:
+    """The photos of a dataset, of every kind of `SIZES`, by their position."""
 
     # A plain function: Starlette runs it in a thread.
     def show(request: Request) -> Response:
@@ -58,4 +68,4 @@ def review_page(
             raise RequestError(404, error.reason) from error
         return Response(picture, media_type=TYPE, headers={"Cache-Control": "private, max-age=86400"})
 
-    return Page(f"results of {title}", lambda: html, [Route("/{kind}/{index:int}", show)])
+    return Route("/{kind}/{index:int}", show)

@@ -5,7 +5,7 @@ import os
 import threading
 import unicodedata
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -104,11 +104,19 @@ class Desk:
     Args:
         annotations: their labels.
         hints: what else is known about them.
+        only: the ids of the photos to be seen; None: all.
         max_pixels: height times width above which a photo is refused as unreadable.
     """
 
-    def __init__(self, annotations: Annotations, hints: Hints, *, max_pixels: int = MAX_PIXELS) -> None:
-        self.annotations, self.hints, self.max_pixels = annotations, hints, max_pixels
+    def __init__(
+        self,
+        annotations: Annotations,
+        hints: Hints,
+        *,
+        only: Set[str] | None = None,
+        max_pixels: int = MAX_PIXELS,
+    ) -> None:
+        self.annotations, self.hints, self.only, self.max_pixels = annotations, hints, only, max_pixels
         self.title = annotations.tree.root.resolve().name
         self._pool = ThreadPoolExecutor(os.cpu_count())
         self._pictures = Pictures(CACHE_BYTES)
@@ -117,18 +125,19 @@ class Desk:
 
     def page(self) -> Page:
         """What `app.serve_page` serves."""
-        return Page(
-            f"annotating {self.title}, {len(self._listing.positions)} photos",
-            self._html,
-            [
-                Route("/state", self._answer_state),
-                Route("/edit", self._answer_edit, methods=["POST"]),
-                Route("/undo", self._answer_repeat, methods=["POST"]),
-                Route("/redo", self._answer_repeat, methods=["POST"]),
-                Route("/duplicates", self._answer_duplicates),
-                Route("/photo", self._answer_photo),
-            ],
-        )
+        title = f"annotating {self.title}, {len(self._listing.positions)} photos"
+        return Page(title, self._html, self.routes())
+
+    def routes(self) -> list[Route]:
+        """What the view asks for."""
+        return [
+            Route("/state", self._answer_state),
+            Route("/edit", self._answer_edit, methods=["POST"]),
+            Route("/undo", self._answer_repeat, methods=["POST"]),
+            Route("/redo", self._answer_repeat, methods=["POST"]),
+            Route("/duplicates", self._answer_duplicates),
+            Route("/photo", self._answer_photo),
+        ]
 
     def close(self) -> None:
         """Give up what is still being looked for."""
@@ -161,7 +170,11 @@ class Desk:
         }
 
     def _list(self) -> list[str]:
-        ids = list(list_photos(self.annotations.tree.root).ids)
+        ids = [
+            photo
+            for photo in list_photos(self.annotations.tree.root).ids
+            if self.only is None or photo in self.only
+        ]
         dataset = make_dataset(self.annotations.tree, ids, [NO_LABEL] * len(ids), self.max_pixels)
         self._listing = Listing(dataset, {photo: position for position, photo in enumerate(ids)})
         return ids
@@ -170,7 +183,7 @@ class Desk:
         return make_page(
             f"{self.title} - annotate",
             {"photos": self.state()},
-            entry="annotate.js",
+            entry="annotate_page.js",
             styles=("page.css", "annotate.css"),
             sources={"img-src": "'self' data:", "connect-src": "'self'"},
         )

@@ -1,13 +1,17 @@
-"""Two forced CPU devices, strict rank promotion, and where the shared photos and weights lie."""
+"""Two forced CPU devices, strict rank promotion, a local Ray cluster, and where shared photos and weights lie."""
 
 import os
+import secrets
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=2"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("MPLBACKEND", "Agg")
+# Before anything imports Ray, which looks once. Without a token, a cluster would run anybody's code.
+os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
 
 import numpy as np
 import pytest
@@ -116,3 +120,25 @@ def pictures(tmp_path_factory) -> list[Path]:
 def service_home(tmp_path_factory) -> Path:
     """A JAXCLS_HOME in which a service's programs are compiled once a session."""
     return tmp_path_factory.mktemp("home")
+
+
+CLUSTER = """
+import sys, ray
+cluster = ray.init(
+    "local", num_cpus=4, include_dashboard=False, _temp_dir=sys.argv[1], _node_ip_address="127.0.0.2"
+)
+print(cluster.address_info["gcs_address"], flush=True)
+sys.stdin.read()
+ray.shutdown()
+"""
+
+
+@pytest.fixture(scope="session")
+def ray_cluster():
+    """The address of a Ray cluster of four cores on this machine, which ends with this process."""
+    # In /tmp: sockets have names of at most 107 bytes.
+    with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True) as folder:
+        command = [sys.executable, "-c", CLUSTER, folder]
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+            yield process.stdout.readline().strip()
+            process.communicate()

@@ -90,6 +90,18 @@ def _compile(
     return program.lower(jax.tree.unflatten(structure, shapes), images).compile()
 
 
+def compile_network(
+    network: Classifier | Backbone, *, batch_sizes: Sequence[int], precision: Precision = "auto"
+) -> CompiledProgram:
+    """Compile a classifier, to scores float32 [B, K], or a backbone, to features float32 [B, D]."""
+    dtype = _dtype_name(precision)
+    if isinstance(network, Classifier):
+        return compile_program(network.forward(dtype), network.folded_weights(dtype), batch_sizes)
+    forward = Forward(network.architecture, network.preprocess, dtype)
+    weights = {"backbone": fold_batch_norm(network.variables, jnp.dtype(dtype))}
+    return compile_program(forward, weights, batch_sizes)
+
+
 def make_scorer(
     classifier: Classifier, *, batch_sizes: Sequence[int] = BATCH_SIZES, precision: Precision = "auto"
 ) -> Callable[[np.ndarray], np.ndarray]:
@@ -104,8 +116,7 @@ def make_scorer(
         UsageError: no batch size or one below 1; from the result: images of another dtype or shape, or a
             batch size that was not compiled.
     """
-    dtype = _dtype_name(precision)
-    program = compile_program(classifier.forward(dtype), classifier.folded_weights(dtype), batch_sizes)
+    program = compile_network(classifier, batch_sizes=batch_sizes, precision=precision)
     return lambda images: np.asarray(program(images))
 
 
@@ -136,14 +147,13 @@ def predict(
         UsageError: no images, or labels of classes that the classifier does not have.
     """
     dataset = _as_dataset(images).with_classes(classifier.classes)
-    dtype = _dtype_name(precision)
     scores, errors = _run(
-        classifier.forward(dtype),
-        classifier.folded_weights(dtype),
+        classifier,
         len(classifier.classes),
         dataset,
         batch_size=batch_size,
         num_workers=num_workers,
+        precision=precision,
         progress="scoring" if progress else None,
     )
     thresholds = classifier.head.thresholds
@@ -179,15 +189,14 @@ def extract_features(
         ImageError: an image that cannot be read; `jaxcls.scan` finds them all.
     """
     backbone = as_backbone(backbone)
-    dtype = _dtype_name(precision)
     dataset = _as_dataset(images)
     values, errors = _run(
-        Forward(backbone.architecture, backbone.preprocess, dtype),
-        {"backbone": fold_batch_norm(backbone.variables, jnp.dtype(dtype))},
+        backbone,
         backbone.num_features,
         dataset,
         batch_size=batch_size,
         num_workers=num_workers,
+        precision=precision,
         progress="features" if progress else None,
     )
     if errors:
@@ -209,22 +218,22 @@ def check_parity(classifier: Classifier, path: str | Path, precision: Precision 
 
 
 def _run(
-    forward: Forward,
-    weights: Any,
+    network: Classifier | Backbone,
     width: int,
     dataset: Dataset,
     *,
     batch_size: int | None,
     num_workers: int,
+    precision: Precision,
     progress: str | None,
 ) -> tuple[np.ndarray, dict[int, str]]:
-    """float32 [N, width] rows of `forward` for a dataset, and the messages of unreadable images."""
+    """float32 [N, width] scores or features of a dataset, and the messages of unreadable images."""
     # Here, because a scorer reads no files and Grain takes as long to load as JAX.
     from jaxcls.pipeline import evaluation_batches, on_devices, steps_per_epoch
 
     if batch_size is None:
         batch_size = next((size for size in BATCH_SIZES if size >= len(dataset)), BATCH_SIZES[-1])
-    program = compile_program(forward, weights, (batch_size,))
+    program = compile_network(network, batch_sizes=(batch_size,), precision=precision)
     rows = np.full((len(dataset), width), np.nan, np.float32)
     errors: dict[int, str] = {}
 
@@ -233,7 +242,7 @@ def _run(
         rows[batch.indices[mask]] = np.asarray(values)[mask]
         errors.update({int(i): e for i, e in zip(batch.indices, batch.errors, strict=True) if e})
 
-    batches = evaluation_batches(dataset, forward.preprocess, batch_size=batch_size, num_workers=num_workers)
+    batches = evaluation_batches(dataset, network.preprocess, batch_size=batch_size, num_workers=num_workers)
     with closing(on_devices(batches, batch_sharding(make_mesh(batch_size)))) as stream:
         total = steps_per_epoch(len(dataset), batch_size)
         in_flight = None

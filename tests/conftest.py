@@ -1,4 +1,4 @@
-"""Two forced CPU devices, strict rank promotion, a local Ray cluster, and where shared photos and weights lie."""
+"""Two forced CPU devices, strict rank promotion, a local Ray cluster, and where the shared files lie."""
 
 import os
 import secrets

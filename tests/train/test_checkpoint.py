@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 import trainer
 from conftest import write_photos
+from run_folders import assert_same, newest, read_arrays
 
 from jaxcls.classifier import create_model, load
 from jaxcls.data.folder import read_folder
@@ -118,24 +119,6 @@ def kill(process):
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     process.stdout.close()
-
-
-def newest(run_dir):
-    return max(path for path in (run_dir / "checkpoints").iterdir() if path.name.isdecimal())
-
-
-def read_arrays(run_dir):
-    """All arrays of the newest checkpoint, as Orbax itself finds them."""
-    from orbax.checkpoint import v1 as ocp
-
-    return ocp.load(newest(run_dir) / "arrays")
-
-
-def assert_same(actual, expected):
-    found, wanted = (dict(jax.tree.leaves_with_path(tree)) for tree in (actual, expected))
-    assert found.keys() == wanted.keys()
-    for path, value in wanted.items():
-        np.testing.assert_array_equal(found[path], value, err_msg=jax.tree_util.keystr(path))
 
 
 def assert_as_undisturbed(run_dir, undisturbed, num_epochs=CONFIG.num_epochs):

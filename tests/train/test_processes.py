@@ -24,6 +24,7 @@ from jaxcls.parallel import make_mesh
 from jaxcls.pipeline import Share, evaluation_batches, training_batches
 from jaxcls.train.config import FinetuneConfig
 from jaxcls.train.finetune import finetune
+from jaxcls.train.reporters import Reporter
 
 SLOW = pytest.mark.slow
 REPLICAS = Path(__file__).with_name("replicas.py")
@@ -212,6 +213,47 @@ def test_sigterm_to_one_saves_and_ends_both(command, tmp_path):
     codes, texts = finish(both)
     assert codes == [143, 143], texts
     assert "The run can be resumed after step" in texts[0]
+
+
+@SLOW
+def test_two_processes_stop_and_one_goes_on(command, world, tmp_path):
+    """With two devices, to where one would have come alone, but for rounding."""
+    config = replace(LONG, num_epochs=6)
+    both = start([command(tmp_path / "two", config)] * 2)
+    wait_for(both[0], "STEPS", 2)
+    both[0].send_signal(signal.SIGTERM)
+    codes, texts = finish(both)
+    assert codes == [143, 143], texts
+    recorder = Recorder()
+    photos, evaluation = read_folder(world / "photos"), read_folder(world / "eval")
+    runs = [
+        finetune(
+            photos, load(world / "start"), config,
+            eval_dataset=evaluation, run_dir=tmp_path / name, resume=True, reporters=[recorder],
+        )
+        for name in ("two", "one")
+    ]  # fmt: skip
+    (note,) = re.findall("Written on .*", recorder.text)
+    assert re.search("2 processes, resumed on .* 1 processes: the results can differ in their last", note)
+    assert "Resuming after step" in recorder.text
+    for row, expected in zip(*(run.history for run in runs), strict=True):
+        assert (row["step"], row["eval_num_seen"]) == (expected["step"], 7)
+        assert row["train_loss"] == pytest.approx(expected["train_loss"], rel=1e-4)
+
+
+class Recorder(Reporter):
+    text = ""
+
+    def message(self, text):
+        self.text += f"{text}\n"
+
+
+@SLOW
+def test_more_processes_than_divide_the_batch_are_refused(command, tmp_path):
+    codes, texts = finish(start([command(tmp_path / "run", replace(CONFIG, batch_size=5))] * 2))
+    assert codes == [2, 2]
+    for text in texts:
+        assert "a batch of 5 cannot be divided evenly over 2 processes" in text
 
 
 def wait_for(process, word, count):

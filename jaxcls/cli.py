@@ -15,7 +15,7 @@ from jaxcls.commands.gather import Gather
 from jaxcls.commands.info import Info
 from jaxcls.commands.pack import Pack
 from jaxcls.commands.review import Review
-from jaxcls.commands.scoring import Evaluate, Export, Predict
+from jaxcls.commands.scoring import Evaluate, Export, Features, Predict
 from jaxcls.commands.service import Delete, Deploy, Docker, List, Loadtest, Score, Serve
 from jaxcls.commands.thresholds import Thresholds
 from jaxcls.commands.training import Quickstart, Svm, Train
@@ -24,7 +24,7 @@ from jaxcls.storage import Storage
 
 COMMANDS = (
     Quickstart, Info, Gather, Annotate, Augment, Pack, Train, Svm, Evaluate, Review, Thresholds, Predict,
-    Export, Serve, Deploy, List, Delete, Score, Loadtest, Docker,
+    Features, Export, Serve, Deploy, List, Delete, Score, Loadtest, Docker,
 )  # fmt: skip
 
 

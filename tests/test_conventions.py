@@ -36,10 +36,12 @@ manifest program
 classifier
 scoring
 feature_cache
+cluster.files cluster.session cluster.tables cluster.stages cluster.batch
 serving.config serving.wire serving.openapi serving.auth serving.client
 serving.admission serving.batcher serving.metrics serving.service serving.app serving.replica serving.ray
-serving.registry serving.keeper serving.supervisor serving.local serving.deployment
-serving.load_test serving.load_generator serving.docker
+serving.registry serving.keeper serving.supervisor serving.local serving.ray_target
+serving.deployment
+serving.load_test serving.load_generator serving.docker serving.manifests
 train.config train.state train.optimizer train.step train.memory train.signals train.checkpoint
 train.reporters train.folder
 train.finetune

@@ -1,0 +1,1 @@
+"""Beyond one machine: large sets scored on a Ray cluster."""

@@ -1,0 +1,63 @@
+"""A connection to Ray: to a running cluster, or to one that is started on this machine for a single job."""
+
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from typing import Any
+
+from jaxcls.errors import DeploymentError, MissingExtraError
+
+SETTINGS = {
+    "RAY_AUTH_MODE": "token",  # whoever reaches a cluster can run code on it
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_BACKEND_LOG_LEVEL": "fatal",  # else each pool of actors puts an error on the terminal that is none
+}
+"""For Ray, unless the environment says otherwise."""
+
+
+def require_ray() -> None:
+    """Raise MissingExtraError unless Ray is installed."""
+    if find_spec("ray") is None:
+        raise MissingExtraError("ray", "a cluster", "pip install 'jaxcls[cluster]'")
+
+
+@contextmanager
+def connected(address: str | None = None) -> Iterator[None]:
+    """Be connected to Ray while the block runs.
+
+    Args:
+        address: of a running cluster ("host:port", or "auto" for that of this machine). None: the one that
+            this process is connected to already, or that the environment names (`RAY_ADDRESS`); else a new
+            one, of this machine's cores and GPUs, which ends with the block or, at the latest, the process.
+
+    Raises:
+        MissingExtraError: Ray is not installed.
+        DeploymentError: there is no such cluster, or it refuses.
+    """
+    require_ray()
+    for name, value in SETTINGS.items():
+        os.environ.setdefault(name, value)
+    import ray  # reads the settings
+
+    if address is None and ray.is_initialized():
+        yield
+        return
+    address = address or os.environ.get("RAY_ADDRESS", "local")
+    own: dict[str, Any] = {"include_dashboard": False} if address == "local" else {}
+    try:
+        with warnings.catch_warnings():
+            # The processes that are forked become other programs at once.
+            warnings.filterwarnings("ignore", "os.fork", RuntimeWarning)
+            ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **own)
+    except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+        reason = str(error).partition("\n")[0]
+        raise DeploymentError(
+            f"Ray at {address}: {reason} (`RAY_AUTH_MODE=token ray start --head` starts a cluster)"
+        ) from error
+    try:
+        yield
+    finally:
+        ray.shutdown()

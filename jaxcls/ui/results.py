@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from jaxcls.errors import UsageError
 from jaxcls.evaluation.label_errors import find_label_errors
 from jaxcls.evaluation.metrics import Answers, Evaluation, numbers
-from jaxcls.predictions import Predictions
+from jaxcls.predictions import Predictions, lags
 
 MAX_SCORES = 1_500_000
 """Scores of all images and classes, above which only the highest are kept: 6 MB."""
@@ -109,10 +109,7 @@ def losses(predictions: Predictions) -> NDArray[np.float64]:
     if predictions.kind != "margin":
         values[chosen] = Answers(scores, truth, predictions.kind).losses
     elif len(predictions.classes) > 1:
-        own = np.take_along_axis(scores, truth[:, None], axis=1)[:, 0]
-        others = scores.copy()
-        np.put_along_axis(others, truth[:, None], -np.inf, axis=1)
-        values[chosen] = others.max(axis=1) - own
+        values[chosen] = lags(scores, truth)
     return values
 
 

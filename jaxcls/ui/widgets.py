@@ -13,7 +13,7 @@ from starlette.routing import Route
 from traitlets import Dict, Float, Unicode
 
 from jaxcls.data.annotations import TRASH, Annotations, make_dataset
-from jaxcls.data.dataset import Dataset
+from jaxcls.data.dataset import UNLABELLED, Dataset
 from jaxcls.errors import UsageError
 from jaxcls.evaluation.label_errors import LabelErrors
 from jaxcls.evaluation.metrics import Evaluation, evaluate
@@ -39,7 +39,7 @@ class Widget(anywidget.AnyWidget):
     """
 
     _esm = join_modules("widgets.js")
-    style = Unicode("".join((STATIC / name).read_text("utf-8") for name in STYLES)).tag(sync=True)
+    stylesheet = Unicode("".join((STATIC / name).read_text("utf-8") for name in STYLES)).tag(sync=True)
     view = Unicode().tag(sync=True)
     data = Dict().tag(sync=True)
 
@@ -127,10 +127,11 @@ def annotate(
 
     Raises:
         DatasetError: the folder holds augmented copies, or its journal is damaged.
-        UsageError: the photos do not all lie in one folder, under their ids.
+        UsageError: the photos do not all lie in one folder, in sub-folders named as their classes.
     """
     ids = dataset.ids.tolist()
     annotations = Annotations(_root(dataset), unlabelled=unlabelled)
+    _require_own_classes(dataset, annotations)
     hints = make_hints(label_errors, predictions)
     return AnnotationWidget(Desk(annotations, hints, only=set(ids), max_pixels=dataset.max_pixels), ids)
 
@@ -180,11 +181,23 @@ def _root(dataset: Dataset) -> Path:
         path, parts = dataset.source.path(index), PurePosixPath(photo).parts
         is_below = path is not None and path.parts[-len(parts) :] == parts
         roots.add(path.parents[len(parts) - 1] if path is not None and is_below else None)
-    if len(roots) != 1 or None in roots:
-        raise UsageError(
-            f"the photos of {dataset.name} are not those of one folder: labels are edited where photos lie,"
-            " so read them by jaxcls.read_folder"
-        )
-    (root,) = roots
-    assert root is not None
+    (root, *others) = roots or {None}
+    if root is None or others:
+        raise _elsewhere(dataset)
     return root
+
+
+def _require_own_classes(dataset: Dataset, annotations: Annotations) -> None:
+    """Raise UsageError unless the labels come from the folder's sub-folders or from its journal."""
+    classes = {*dataset.classes, TRASH}
+    labelled = dataset.ids[dataset.labels != UNLABELLED].tolist()
+    for photo, label in zip(labelled, annotations.labels(labelled), strict=True):
+        if not classes & {label, annotations.folder_label(photo)}:
+            raise _elsewhere(dataset)
+
+
+def _elsewhere(dataset: Dataset) -> UsageError:
+    return UsageError(
+        f"the photos of {dataset.name} are not those of one folder with a sub-folder for each class: labels"
+        " are edited where photos lie, so take them as jaxcls.read_folder reads them"
+    )

@@ -517,8 +517,8 @@ def test_filters_pages_and_the_choice_below_each_photo(page):
     assert wait_for(lambda: names(page)) == [f"{FORK}/59.jpg", f"{KNIFE}/58.jpg"]
     options = Select(find(page, ".filters select")).options
     assert [option.text for option in options if not option.is_enabled()] == [
-        "probably mislabelled (start with --label-errors)",
-        "the classifier sees another class (start with --model)",
+        "probably mislabelled (needs label errors)",
+        "the classifier sees another class (needs a classifier)",
     ]
 
 

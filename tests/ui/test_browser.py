@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from browser import find_violations, look, open_browser
 from examples import HOSTILE, make_photos, make_predictions, unreadable, write_example
+from selenium.webdriver import ActionChains
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import Select
@@ -128,6 +129,35 @@ def test_a_cell_of_the_matrix_shows_its_images(page, predictions):
     assert len(find_all(page, ".cell")) == len(wanted)
     cell.click()
     assert shown(page) == 90
+
+
+def test_the_matrix_of_many_classes_is_an_image_whose_cells_show_their_images(driver, tmp_path):
+    classes = tuple(f"class {number}" for number in range(60))
+    photos = make_photos(600, classes)
+    scores = np.full((600, 60), -9, np.float32)
+    scores[np.arange(600), photos.labels] = 1
+    scores[photos.labels == 7, 50] = 2
+    predictions = replace(make_predictions(photos), scores=scores)
+    write_example(tmp_path / "report.html", predictions, photos)
+    look(driver, 1280, 800, dark=False)
+    driver.get((tmp_path / "report.html").as_uri())
+    matrix = find(driver, ".matrix-image")
+    assert len(matrix.find_elements(By.CSS_SELECTOR, ".right")) == 59
+    (wrong,) = matrix.find_elements(By.CSS_SELECTOR, ".wrong")
+    assert (wrong.get_attribute("x"), wrong.get_attribute("y")) == ("50", "7")
+    side = matrix.rect["width"] / 60
+    beside = (side * (50.5 + 1 - 30), side * (7.5 + 1 - 30))  # of the middle
+    ActionChains(driver).move_to_element_with_offset(matrix, *map(round, beside)).perform()
+    assert find(driver, "#confusion figure p").text == "10 images of class 7, taken for class 50."
+    ActionChains(driver).click().perform()
+    assert shown(driver) == 10
+    assert matrix.find_element(By.CSS_SELECTOR, ".ring").get_attribute("x") == "49"
+    assert find(driver, ".mistakes button").get_attribute("aria-pressed") == "true"
+    ActionChains(driver).move_to_element_with_offset(matrix, *map(round, beside)).click().perform()
+    assert shown(driver) == 600
+    ActionChains(driver).move_to_element_with_offset(matrix, 0, round(side * 20)).perform()
+    assert find(driver, "#confusion figure p").text == "Point at a cell."
+    assert driver.get_log("browser") == []
 
 
 def test_filter_by_answer(page, predictions):

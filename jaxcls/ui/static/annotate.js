@@ -109,9 +109,10 @@ export class AnnotationView {
   fillFilter() {
     const { photos } = this;
     const { value } = this.filter;
-    const missing = { wrong: photos.doubts === null && "--label-errors", disagree: photos.leads === null && "--model" };
+    const missing = { wrong: photos.doubts === null && "needs label errors",
+      disagree: photos.leads === null && "needs a classifier" };
     const fixed = Object.entries(FILTERS).map(([key, [text]]) => element("option", { value: key,
-      text: missing[key] ? `${text} (start with ${missing[key]})` : text, disabled: Boolean(missing[key]) }));
+      text: missing[key] ? `${text} (${missing[key]})` : text, disabled: Boolean(missing[key]) }));
     const classes = photos.classes.map((name) => element("option", { value: `class:${name}`, text: `class ${name}` }));
     this.filter.replaceChildren(...fixed, ...classes);
     if (value !== "") this.filter.value = value;

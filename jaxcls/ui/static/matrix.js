@@ -1,10 +1,11 @@
 // The confusion matrix: each cell shows its images.
 
-import { button, element, formatCount, nameElement } from "./dom.js";
+import { button, element, formatCount, nameElement, svgElement } from "./dom.js";
 import { EVERYTHING } from "./results.js";
 
 const MAX_TABLE_CLASSES = 40;
 const MAX_LISTED = 100;
+const REACH = 2; // cells of an image that a pointer may miss
 
 function describeCell(results, [truth, predicted, count]) {
   const [own, other] = [results.classes[truth], results.classes[predicted]];
@@ -12,22 +13,27 @@ function describeCell(results, [truth, predicted, count]) {
   return truth === predicted ? `${images} of ${own}, right` : `${images} of ${own}, taken for ${other}`;
 }
 
+function isShown({ filter }, [truth, predicted]) {
+  return filter.truth === String(truth) && filter.predicted === String(predicted);
+}
+
+// Shows the images of a cell; once more, all.
+function toggle(selection, cell, node) {
+  if (isShown(selection, cell)) {
+    selection.change({ truth: "", predicted: "" });
+    return;
+  }
+  const [truth, predicted] = cell.map(String);
+  selection.change({ ...EVERYTHING, truth, predicted, order: selection.filter.order });
+  node.getRootNode().getElementById("images")?.scrollIntoView();
+}
+
 function cellButton(results, selection, cell, strongest) {
   const [truth, predicted, count] = cell;
-  const filter = { truth: String(truth), predicted: String(predicted) };
-  const node = button(String(count), null, { class: truth === predicted ? "right" : "wrong",
-    "aria-label": describeCell(results, cell), "aria-pressed": "false" });
+  const node = button(String(count), () => toggle(selection, cell, node), {
+    class: truth === predicted ? "right" : "wrong", "aria-label": describeCell(results, cell), "aria-pressed": "false" });
   node.style.setProperty("--share", `${6 + 34 * Math.sqrt(count / strongest)}%`);
-  const isPressed = () => selection.filter.truth === filter.truth && selection.filter.predicted === filter.predicted;
-  node.addEventListener("click", () => {
-    if (isPressed()) {
-      selection.change({ truth: "", predicted: "" });
-    } else {
-      selection.change({ ...EVERYTHING, ...filter, order: selection.filter.order });
-      node.getRootNode().getElementById("images")?.scrollIntoView();
-    }
-  });
-  selection.listen(() => node.setAttribute("aria-pressed", isPressed()));
+  selection.listen(() => node.setAttribute("aria-pressed", isShown(selection, cell)));
   return node;
 }
 
@@ -46,7 +52,38 @@ function matrixTable(results, selection) {
     element("table", { class: "matrix" }, element("thead", {}, head), element("tbody", {}, ...rows)));
 }
 
-// With many classes most of a table would be empty.
+// With many classes most of a table would be empty, and its names would find no room.
+function matrixImage(results, selection) {
+  const { length } = results.classes;
+  const strongest = Math.max(...results.confusion.map(([, , count]) => count));
+  const square = ([truth, predicted, count]) => svgElement("rect", { x: predicted, y: truth, width: 1, height: 1,
+    class: truth === predicted ? "right" : "wrong", "fill-opacity": (0.35 + 0.65 * Math.sqrt(count / strongest)).toFixed(2) });
+  const ring = svgElement("rect", { class: "ring", width: 3, height: 3 });
+  const told = element("p", { class: "muted" });
+  const tell = (cell) => (told.textContent = cell ? `${describeCell(results, cell)}.` : "Point at a cell.");
+  const find = ({ clientX, clientY }) => {
+    const { left, top, width } = image.getBoundingClientRect();
+    const [x, y] = [((clientX - left) / width) * length - 0.5, ((clientY - top) / width) * length - 0.5];
+    const distance = ([truth, predicted]) => Math.max(Math.abs(predicted - x), Math.abs(truth - y));
+    return results.confusion.filter((cell) => distance(cell) <= REACH).sort((a, b) => distance(a) - distance(b))[0];
+  };
+  // The list below says the same in text, and takes keys.
+  const image = svgElement("svg", { class: "matrix-image", viewBox: `0 0 ${length} ${length}`, "aria-hidden": "true",
+    onpointermove: (event) => tell(find(event)), onpointerleave: () => tell(),
+    onclick: (event) => {
+      const cell = find(event);
+      if (cell) toggle(selection, cell, image);
+    } }, ...results.confusion.map(square), ring);
+  selection.listen(() => {
+    const chosen = results.confusion.find((cell) => isShown(selection, cell));
+    ring.setAttribute("visibility", chosen ? "visible" : "hidden");
+    ring.setAttribute("x", chosen ? chosen[1] - 1 : 0);
+    ring.setAttribute("y", chosen ? chosen[0] - 1 : 0);
+  });
+  tell();
+  return element("figure", {}, element("figcaption", { class: "muted", text: "rows: truth; columns: prediction" }), image, told);
+}
+
 function mistakeList(results, selection) {
   const mistakes = results.confusion.filter(([truth, predicted]) => truth !== predicted);
   const shown = mistakes.sort((a, b) => b[2] - a[2]).slice(0, MAX_LISTED);
@@ -58,7 +95,7 @@ function mistakeList(results, selection) {
 }
 
 export function confusionView(results, selection) {
-  const draw = results.classes.length <= MAX_TABLE_CLASSES ? matrixTable : mistakeList;
+  const views = results.classes.length <= MAX_TABLE_CLASSES ? [matrixTable] : [matrixImage, mistakeList];
   return element("div", {}, element("p", { class: "muted",
-    text: "Answered images. A number shows its images below; pressed again, all." }), draw(results, selection));
+    text: "Answered images. A cell shows its images below; chosen again, all." }), ...views.map((draw) => draw(results, selection)));
 }

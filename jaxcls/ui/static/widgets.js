@@ -35,7 +35,7 @@ function render({ model, el }) {
   const { jpThemeLight } = document.body.dataset;
   if (jpThemeLight !== undefined) host.style.colorScheme = jpThemeLight === "true" ? "light" : "dark";
   const root = element("div", { id: "page" });
-  host.attachShadow({ mode: "open" }).append(element("style", { text: model.get("style") }), root);
+  host.attachShadow({ mode: "open" }).append(element("style", { text: model.get("stylesheet") }), root);
   el.append(host);
   const server = new KernelServer(model);
   const close = VIEWS[model.get("view")](root, model.get("data"), server, model);

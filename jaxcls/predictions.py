@@ -179,6 +179,17 @@ def probabilities(scores: NDArray[np.float32], kind: Kind) -> NDArray[np.float32
     return exponentials / exponentials.sum(axis=-1, keepdims=True)
 
 
+def lags(scores: NDArray[np.float32], labels: NDArray[np.integer]) -> NDArray[np.float32]:
+    """float32 [N]: how far the score of each image's label, of scores [N, K], lies behind the best other one.
+
+    Below 0 it is the highest itself; minus infinity where there is no other.
+    """
+    own = np.take_along_axis(scores, labels[:, None], axis=1)[:, 0]
+    others = scores.copy()
+    np.put_along_axis(others, labels[:, None], -np.inf, axis=1)
+    return others.max(axis=1) - own
+
+
 def require_rank(k: int, num_classes: int) -> None:
     """Raise UsageError unless the k best of `num_classes` classes exist."""
     if not 1 <= k <= num_classes:

@@ -19,7 +19,7 @@ from jaxcls.data.dataset import Dataset
 from jaxcls.errors import UsageError
 from jaxcls.evaluation.metrics import Evaluation
 from jaxcls.evaluation.text import shorten
-from jaxcls.predictions import Predictions
+from jaxcls.predictions import Predictions, lags
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -280,12 +280,8 @@ def _most_wrong(predictions: Predictions) -> list[int]:
     readable = np.flatnonzero(~predictions.unreadable)
     scores = predictions.scores[readable]
     labels = np.full(len(readable), -1) if predictions.labels is None else predictions.labels[readable]
-    known = labels >= 0
-    own = np.where(known, scores[np.arange(len(scores)), labels], scores.max(axis=1))
-    rest = scores.copy()
-    rest[np.arange(len(scores)), np.where(known, labels, scores.argmax(axis=1))] = -np.inf
-    order = np.argsort(own - rest.max(axis=1), kind="stable")
-    return readable[order[:MAX_EXAMPLES]].tolist()
+    behind = lags(scores, np.where(labels >= 0, labels, scores.argmax(axis=1)))
+    return readable[np.argsort(-behind, kind="stable")[:MAX_EXAMPLES]].tolist()
 
 
 def _verdict(predictions: Predictions, index: int) -> tuple[str, bool]:

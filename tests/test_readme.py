@@ -44,6 +44,24 @@ def test_the_augmentation_example_runs():
     assert (names["augmented"].shape, names["augmented"].dtype) == ((2, 8, 10, 3), np.uint8)
 
 
+def test_the_notebooks_example_runs(tmp_path):
+    import numpy as np
+
+    photos = jaxcls.read_folder(write_photos(tmp_path / "photos", {"blue": 3, "red": 3}))
+    scores = np.eye(2, dtype=np.float32)[photos.labels]
+    predictions = jaxcls.Predictions(
+        scores, "logit", photos.classes, tuple(photos.ids), photos.labels, np.zeros(6, np.bool_)
+    )
+    (code,) = (
+        block for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "jaxcls.ui." in block
+    )
+    names: dict = {"jaxcls": jaxcls, "photos": photos, "test": photos, "predictions": predictions}
+    names["classifier"] = jaxcls.create_model("resnet18", 2)
+    exec(code, names)
+    assert names["classifier"].head.thresholds is None
+    names["desk"].close()
+
+
 def test_the_example_of_augmented_copies_runs(tmp_path, monkeypatch):
     from jaxcls.augment import ops
 

@@ -23,7 +23,7 @@ from jaxcls.errors import MissingExtraError, UsageError
 from jaxcls.manifest import MANIFEST, PARITY, PROGRAMS, WEIGHTS, check_file, check_programs, read_manifest
 
 BASE_IMAGE = f"python:{sys.version_info.major}.{sys.version_info.minor}-slim-trixie"
-PORT = 8000
+MODEL, PORT, USER = "/model", 8000, 10001
 KEY_FILE = "/run/secrets/jaxcls-key"
 STOP_SECONDS = 35
 """A service that was told to stop ends within 30 s by itself; Docker would kill it after 10."""
@@ -37,8 +37,8 @@ COPY requirements.txt /tmp/
 RUN pip install -r /tmp/requirements.txt
 COPY {{wheel}} /tmp/
 RUN pip install --no-deps /tmp/{{wheel}} && python -c "import jaxcls.serving.replica"
-COPY model /model
-USER 10001:10001
+COPY model {MODEL}
+USER {USER}:{USER}
 ENV HOME=/tmp JAXCLS_HOME=/tmp/jaxcls PYTHONUNBUFFERED=1
 EXPOSE {PORT}
 HEALTHCHECK --interval=10s --timeout=5s --start-period=5m CMD {{health_check}}
@@ -54,13 +54,14 @@ sys.exit(connection.getresponse().status != 200)
 """
 
 
-def write_context(model: Path, out: Path, *, cuda: bool = False) -> Path:
+def write_context(model: Path, out: Path, *, cuda: bool = False, ray: bool = False) -> Path:
     """Write Dockerfile, classifier, pinned requirements and a wheel of this jaxcls; return the folder.
 
     Args:
         model: a saved classifier.
         out: a new folder.
         cuda: have JAX use NVIDIA GPUs; its CUDA libraries are the newest that this version of JAX takes.
+        ray: for the nodes of a Ray cluster, too.
 
     Raises:
         ClassifierError: `model` is no saved classifier, or damaged.
@@ -69,7 +70,7 @@ def write_context(model: Path, out: Path, *, cuda: bool = False) -> Path:
     """
     if out.exists():
         raise UsageError(f"{out} exists: give a new folder")
-    requirements = pinned_requirements()
+    requirements = pinned_requirements("serve", "cluster") if ray else pinned_requirements("serve")
     if cuda:
         requirements.append(f"jax[cuda13]=={metadata.version('jax')}")
     files = _classifier_files(model)
@@ -78,7 +79,7 @@ def write_context(model: Path, out: Path, *, cuda: bool = False) -> Path:
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(model / name, target)
     wheel = write_wheel(out)
-    entrypoint = ["jaxcls", "serve", "/model", "--name", model.resolve().stem, "--host", "0.0.0.0"]
+    entrypoint = ["jaxcls", "serve", MODEL, "--name", model.resolve().stem, "--host", "0.0.0.0"]
     entrypoint += ["--port", str(PORT), "--key-file", KEY_FILE]
     dockerfile = DOCKERFILE.format(
         wheel=wheel.name,
@@ -119,14 +120,14 @@ def has_engine() -> bool:
         return False
 
 
-def pinned_requirements() -> list[str]:
-    """`name==version` of everything that jaxcls and its extra `serve` need, as installed here.
+def pinned_requirements(*extras: str) -> list[str]:
+    """`name==version` of everything that jaxcls and some of its extras need, as installed here.
 
     Raises:
         MissingExtraError: something of it is not installed.
     """
     pins: dict[str, str] = {}
-    waiting, seen = [("jaxcls", ""), ("jaxcls", "serve")], set()
+    waiting, seen = [("jaxcls", extra) for extra in ("", *extras)], set()
     while waiting:
         name, extra = waiting.pop()
         if (name, extra) in seen:
@@ -135,7 +136,8 @@ def pinned_requirements() -> list[str]:
         try:
             pins[name] = metadata.version(name)
         except metadata.PackageNotFoundError as error:
-            raise MissingExtraError(name, "an image that serves", "pip install 'jaxcls[serve]'") from error
+            install = f"pip install 'jaxcls[{','.join(extras)}]'"
+            raise MissingExtraError(name, "an image that serves", install) from error
         waiting += _dependencies(name, extra)
     del pins["jaxcls"]
     return [f"{name}=={version}" for name, version in sorted(pins.items())]

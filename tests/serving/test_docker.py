@@ -143,7 +143,7 @@ def test_requirements_follow_extras_and_markers(tmp_path, monkeypatch):
         lines += [f"Requires-Dist: {requirement}" for requirement in requirements]
         (folder / "METADATA").write_text("\n".join(lines) + "\n")
     monkeypatch.syspath_prepend(tmp_path)
-    assert docker.pinned_requirements() == ["one==7", "quick==7", "served==7", "two-b==7"]
+    assert docker.pinned_requirements("serve") == ["one==7", "quick==7", "served==7", "two-b==7"]
 
 
 def test_wheel_installs_and_has_right_checksums(context, tmp_path):
@@ -241,4 +241,4 @@ def test_serving_is_not_installed(monkeypatch):
 
     monkeypatch.setattr(metadata, "version", version)
     with pytest.raises(MissingExtraError, match=r"needs starlette.*pip install 'jaxcls\[serve\]'"):
-        docker.pinned_requirements()
+        docker.pinned_requirements("serve")

@@ -18,6 +18,7 @@ with epy.lazy_api_imports(globals()):
         metrics,
         openapi,
         ray,
+        ray_target,
         registry,
         replica,
         service,

@@ -69,3 +69,29 @@ class ServiceConfig:
             raise UsageError(
                 f"grace_seconds {self.grace_seconds}: must lie from 0 to {MAX_SHUTDOWN_SECONDS // 2}"
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RayOptions:
+    """What the replicas of a deployment get in a Ray cluster.
+
+    Raises:
+        UsageError: a value that cannot work.
+    """
+
+    min_replicas: int = 1
+    """At least so many, with --replicas auto."""
+    max_replicas: int = 4
+    """At most so many, with --replicas auto."""
+    gpus: float = 0.0
+    """GPUs of each replica; of a fraction, several share one."""
+    host: str = "127.0.0.1"
+    """The address of each node that Serve listens on, unless it does already."""
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.min_replicas <= self.max_replicas:
+            raise UsageError(
+                f"{self.min_replicas} to {self.max_replicas} replicas: give at least 1, then more"
+            )
+        if self.gpus < 0:
+            raise UsageError(f"gpus {self.gpus}: must be at least 0")

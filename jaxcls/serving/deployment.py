@@ -2,22 +2,20 @@
 
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Protocol, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
-from jaxcls.errors import DeploymentError, UsageError
+from jaxcls.errors import UsageError
 from jaxcls.serving import local
 from jaxcls.serving.client import Client
-from jaxcls.serving.config import READY_SECONDS, ServiceConfig
-from jaxcls.serving.registry import DeploymentStatus, Entry, list_entries
+from jaxcls.serving.config import READY_SECONDS, RayOptions, ServiceConfig
+from jaxcls.serving.registry import Asked, DeploymentStatus, Entry, Replicas, Target, list_entries
 from jaxcls.storage import Storage
 
 if TYPE_CHECKING:
     from jaxcls.classifier import Classifier
-
-Target = Literal["local"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,8 +26,13 @@ class Deployment:
         name: lower-case letters, digits and hyphens, at most 63.
         classifier: to deploy, or the path of a saved one; None: the one that the deployment has.
         replicas: processes that score, each with the whole classifier; None: as many as there are, or 1.
-        target: where they run; "local": on this machine, reached from this machine only.
+            "auto", with the target "ray": as many as the requests need.
+        target: where they run; "local": on this machine, reached from this machine only; "ray": in a Ray
+            cluster that runs already, and shares the folder JAXCLS_HOME. None: where they are, or "local".
         config: of each replica; None: as it is, or the default one.
+        address: of the cluster: "HOST:PORT", "ray://HOST:PORT", or "auto" for this machine's. None: where it
+            is, or "auto".
+        ray: what replicas get there; None: as it is, or the default.
 
     Raises:
         UsageError: a name that is not of that form, or an unknown target.
@@ -37,13 +40,17 @@ class Deployment:
 
     name: str
     classifier: "Classifier | str | Path | None" = None
-    replicas: int | None = None
-    target: Target = "local"
+    replicas: Replicas | None = None
+    target: Target | None = None
     config: ServiceConfig | None = field(default=None, kw_only=True)
+    address: str | None = field(default=None, kw_only=True)
+    ray: RayOptions | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
-        if self.target not in get_args(Target):
+        if self.target not in (None, *get_args(Target)):
             raise UsageError(f"target {self.target!r}: choose from {', '.join(get_args(Target))}")
+        if self.target != "ray" and (self.address or self.ray):
+            raise UsageError("an address and options of Ray are for the target ray")
         _ = self._entry  # the name is checked
 
     @property
@@ -61,7 +68,8 @@ class Deployment:
         outlives this process, and keeps a copy of the classifier.
 
         Args:
-            port: on the loopback address; None: the one the deployment has, or a free one.
+            port: on the loopback address; None: the one the deployment has, or a free one. With the target
+                "ray", Serve's, if it does not run yet; None: 8000.
             timeout_seconds: in which all replicas must be ready.
 
         Raises:
@@ -71,14 +79,18 @@ class Deployment:
             MissingExtraError: what serving needs is not installed.
             UsageError: a value that cannot work, or a port that cannot be had.
         """
-        local.deploy(
-            self._entry,
-            self.classifier,
+        entry = self._entry
+        if self.classifier is None:
+            entry.require()
+        module = _module_of(entry, self.target)
+        asked = Asked(
             num_replicas=self.replicas,
-            port=port,
             timeout_seconds=timeout_seconds,
             config=None if self.config is None else asdict(self.config),
+            address=self.address,
+            ray=None if self.ray is None else asdict(self.ray),
         )
+        module.deploy(entry, self.classifier, asked, port)
         status = self.status()
         print(f"endpoint: {status.service_url}")
         print(f"key: {status.key_file}")
@@ -89,7 +101,7 @@ class Deployment:
         Raises:
             DeploymentError: there is no such deployment, or its files are damaged.
         """
-        return local.read_status(self._entry)
+        return _module_of(self._entry).read_status(self._entry)
 
     @property
     def service_url(self) -> str:
@@ -98,10 +110,7 @@ class Deployment:
         Raises:
             DeploymentError: there is no such deployment, or it is stopped.
         """
-        status = self.status()
-        if status.state == "stopped":
-            raise DeploymentError(f"{self.name} is stopped: `jaxcls deploy {self.name}` starts it again")
-        return status.service_url
+        return _module_of(self._entry).find_url(self._entry)
 
     @property
     def service_key(self) -> str:
@@ -149,7 +158,7 @@ class Deployment:
             DeploymentError: there is no such deployment; its processes do not end; or another process
                 deploys or deletes under this name.
         """
-        local.delete(self._entry)
+        _module_of(self._entry).delete(self._entry)
 
 
 def list_deployments() -> list[DeploymentStatus]:
@@ -158,7 +167,7 @@ def list_deployments() -> list[DeploymentStatus]:
     Raises:
         DeploymentError: the files of one are damaged.
     """
-    return [local.read_status(entry) for entry in list_entries(_registry())]
+    return [_module_of(entry).read_status(entry) for entry in list_entries(_registry())]
 
 
 def delete_if_exists(name: str) -> bool:
@@ -172,6 +181,36 @@ def delete_if_exists(name: str) -> bool:
     if found := deployment.exists():
         deployment.delete()
     return found
+
+
+class _TargetModule(Protocol):
+    """What `local` and `ray_target` have in common."""
+
+    def deploy(
+        self, entry: Entry, classifier: "Classifier | str | Path | None", asked: Asked, port: int | None
+    ) -> None: ...
+
+    def delete(self, entry: Entry) -> None: ...
+
+    def read_status(self, entry: Entry) -> DeploymentStatus: ...
+
+    def find_url(self, entry: Entry) -> str: ...
+
+
+def _module_of(entry: Entry, wanted: Target | None = None) -> _TargetModule:
+    """What a deployment's target is run by: the one it has, or is to have.
+
+    Raises:
+        UsageError: it has another one than it is to have.
+    """
+    found = entry.read_target() or wanted or "local"
+    if wanted not in (None, found):
+        raise UsageError(f"{entry.name} has the target {found}: to have another one, delete it first")
+    if found == "ray":
+        from jaxcls.serving import ray_target  # loads Ray
+
+        return ray_target
+    return local
 
 
 def _registry() -> Path:

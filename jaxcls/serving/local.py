@@ -6,15 +6,22 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from jaxcls.errors import DeploymentError, UsageError
 from jaxcls.manifest import PARITY, WEIGHTS, check_file, check_programs, read_manifest
 from jaxcls.serving.config import require_extra
-from jaxcls.serving.registry import HOST, PROCESSES_LOCK, DeploymentStatus, Entry, Report, Spec
+from jaxcls.serving.registry import (
+    HOST,
+    PROCESSES_LOCK,
+    Asked,
+    DeploymentStatus,
+    Entry,
+    Report,
+    Spec,
+)
 from jaxcls.storage import whole_folder
 
 if TYPE_CHECKING:
@@ -28,23 +35,15 @@ POLL_SECONDS = 0.05
 
 
 def deploy(
-    entry: Entry,
-    classifier: "Classifier | str | Path | None",
-    *,
-    num_replicas: int | None,
-    port: int | None,
-    timeout_seconds: float,
-    config: Mapping[str, Any] | None,
+    entry: Entry, classifier: "Classifier | str | Path | None", asked: Asked, port: int | None
 ) -> None:
     """Serve a classifier; where another version is served, in its place without a failed request.
 
     Args:
         entry: the deployment, there or not.
         classifier: or the path of a saved one; a copy of it is kept. None: the one that was deployed last.
-        num_replicas: processes that score; None: as many as were deployed last, or 1.
+        asked: what changes; by default there is one replica.
         port: of the service; None: the one it has, or a free one.
-        timeout_seconds: in which all replicas must be ready.
-        config: of each, as `ServiceConfig` takes it; None: the one that was deployed last, or the default.
 
     Raises:
         ClassifierError: the saved classifier is missing or damaged.
@@ -53,34 +52,26 @@ def deploy(
         UsageError: a value that cannot work, or a port that cannot be had.
     """
     require_extra()
-    if (num_replicas is not None and num_replicas < 1) or not timeout_seconds > 0:
-        raise UsageError(f"{num_replicas} replicas, {timeout_seconds:g} s: both must be more than 0")
     with entry.changing():
-        previous = entry.read_spec() if entry.exists() or classifier is None else None
-        if classifier is None:
-            assert previous is not None  # or it would have been refused
-            classifier = entry.classifier(previous.version)
-        if num_replicas is None:
-            num_replicas = 1 if previous is None else previous.num_replicas
-        if config is None:
-            config = {} if previous is None else previous.config
+        previous, spec = entry.next_spec(asked)
+        if spec.num_replicas == "auto":
+            raise UsageError('replicas "auto" are for the target ray: give a number')
         if previous is None:
             _remove(entry)  # what a deletion that was interrupted left
         was_running = entry.is_running()
-        version = 1 if previous is None else previous.num_versions + 1
         try:
             entry.create()
-            _copy(classifier, entry.classifier(version))
-            entry.write_spec(Spec(version, version, num_replicas, timeout_seconds, dict(config)))
+            copy_classifier(entry, classifier, previous, spec)
+            entry.write_spec(spec)
             if was_running:
                 _roll(entry, port)
             else:
                 _start(entry, port)
-            _wait_until_served(entry, version)
+            _wait_until_served(entry, spec.version)
         except BaseException:  # Ctrl-C too
             _restore(entry, previous, was_running)
             raise
-        entry.keep_version(version)
+        entry.keep_version(spec.version)
 
 
 def delete(entry: Entry) -> None:
@@ -111,11 +102,23 @@ def read_status(entry: Entry) -> DeploymentStatus:
         state=_state(report) if is_running else "stopped",
         version=report.version,
         replicas=report.replicas if is_running else (),
-        service_url=f"http://{HOST}:{report.port}/score",
-        status_url=f"http://{HOST}:{report.status_port}",
+        service_url=report.service_url,
+        status_url=report.status_url,
         key_file=entry.key_file,
         log_file=entry.log_file,
     )
+
+
+def find_url(entry: Entry) -> str:
+    """Where images are posted to.
+
+    Raises:
+        DeploymentError: there is no such deployment, or it is stopped.
+    """
+    status = read_status(entry)
+    if status.state == "stopped":
+        raise DeploymentError(f"{entry.name} is stopped: `jaxcls deploy {entry.name}` starts it again")
+    return status.service_url
 
 
 def _state(report: Report) -> Literal["starting", "ready", "failed"]:
@@ -125,7 +128,18 @@ def _state(report: Report) -> Literal["starting", "ready", "failed"]:
     return "failed" if states == {"failed"} else "starting"
 
 
-def _copy(classifier: "Classifier | str | Path", path: Path) -> None:
+def copy_classifier(
+    entry: Entry, classifier: "Classifier | str | Path | None", previous: Spec | None, spec: Spec
+) -> None:
+    """Keep what a version that is asked for scores with; None: with what the previous one does.
+
+    Raises:
+        ClassifierError: the saved classifier is missing or damaged.
+    """
+    if classifier is None:
+        assert previous is not None  # or there were no deployment
+        classifier = entry.classifier(previous.version)
+    path = entry.classifier(spec.version)
     if not isinstance(classifier, str | Path):
         classifier.save(path)
         return

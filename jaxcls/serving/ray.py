@@ -42,15 +42,27 @@ def application(args: Mapping[str, Any]) -> Application:
     Raises:
         UsageError: a bound that cannot work.
     """
+    return make_application(args)
+
+
+def make_application(args: Mapping[str, Any], **options: Any) -> Application:
+    """The same.
+
+    Args:
+        args: as for `application`.
+        options: further ones of `serve.deployment`, such as `num_replicas`.
+    """
     config = ServiceConfig(**args["config"])
     deployment = serve.deployment(
         name=NAME,
+        **options,
         max_ongoing_requests=config.max_connections,
         max_queued_requests=config.max_connections,
         backpressure_config={"status_code": 429, "retry_after_s": 1},
         graceful_shutdown_timeout_s=MAX_SHUTDOWN_SECONDS,
         graceful_shutdown_wait_loop_s=0.5,
         health_check_period_s=HEALTH_SECONDS,
+        logging_config={"enable_access_log": False},
         max_constructor_retry_count=NUM_STARTS,
         # All new replicas first, then none of the old ones: as locally.
         max_surge_percent=100,

@@ -1,7 +1,7 @@
 """What is deployed on this machine: a private folder each, which outlives the processes it speaks of.
 
     deployment.json   what is asked for; the commands write it
-    report.json       what there is; the supervisor writes it
+    report.json       what there is; the supervisor writes it, or, of a cluster, the commands
     key, log          the service's key; the newest lines of what supervisor and replicas say
     versions/N        copies of the classifiers
 
@@ -18,7 +18,7 @@ import shutil
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any, Literal, TypeVar
 
@@ -32,6 +32,8 @@ HOST = "127.0.0.1"
 SPEC, REPORT, KEY, LOG, VERSIONS = "deployment.json", "report.json", "key", "log", "versions"
 SUPERVISOR_LOCK, PROCESSES_LOCK = ".supervisor", ".processes"
 
+Target = Literal["local", "ray"]
+Replicas = int | Literal["auto"]
 ReplicaState = Literal["starting", "ready", "waiting", "failed", "ending"]
 
 
@@ -42,16 +44,45 @@ class Spec:
     Attributes:
         version: to be served, counted from 1.
         num_versions: how many were asked for so far, those that failed included.
-        num_replicas: processes that score.
+        num_replicas: processes that score; "auto", in a cluster alone: as many as the requests need.
         timeout_seconds: in which all of them must be ready.
         config: of each, as `ServiceConfig` takes it.
+        address: of the cluster in which they run; None: on this machine.
+        ray: there, as `RayOptions` takes it.
     """
 
     version: int
     num_versions: int
-    num_replicas: int
+    num_replicas: Replicas
     timeout_seconds: float
     config: dict[str, Any]
+    address: str | None = None
+    ray: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def target(self) -> Target:
+        """Where the replicas run."""
+        return "local" if self.address is None else "ray"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """What is to be changed of a `Spec`; None: nothing.
+
+    Raises:
+        UsageError: no replicas, or no time.
+    """
+
+    timeout_seconds: float
+    num_replicas: Replicas | None = None
+    config: dict[str, Any] | None = None
+    address: str | None = None
+    ray: dict[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        count = self.num_replicas
+        if (isinstance(count, int) and count < 1) or not self.timeout_seconds > 0:
+            raise UsageError(f"{count} replicas, {self.timeout_seconds:g} s: both must be more than 0")
 
 
 @dataclass(frozen=True)
@@ -78,12 +109,14 @@ class Report:
     """What there is.
 
     Attributes:
-        port: of the service, on the loopback address.
-        status_port: there, of the supervisor, which answers for its replicas.
+        port: of the service.
+        status_port: of the supervisor, which answers for its replicas.
         version: the newest that became ready; None before the first.
         replicas: of this version, and of others that come or go.
         failed_version: the last that did not become ready.
         failure: why it did not.
+        host: that has the ports.
+        route: below which the service answers.
     """
 
     port: int
@@ -92,6 +125,18 @@ class Report:
     replicas: tuple[ReplicaReport, ...] = ()
     failed_version: int | None = None
     failure: str = ""
+    host: str = HOST
+    route: str = ""
+
+    @property
+    def service_url(self) -> str:
+        """To which images are posted."""
+        return f"http://{self.host}:{self.port}{self.route}/score"
+
+    @property
+    def status_url(self) -> str:
+        """Below it, /metrics and /v2/health/ready."""
+        return f"http://{self.host}:{self.status_port}{self.route}"
 
     @property
     def is_ready(self) -> bool:
@@ -110,24 +155,28 @@ class DeploymentStatus:
     Attributes:
         name: under which it was deployed.
         target: where it runs.
-        state: "ready" if at least one replica takes requests; "stopped" if nothing runs, as after a reboot.
+        state: "ready" if at least one replica takes requests; "stopped" if nothing runs, as after a reboot;
+            "unreachable" if the cluster, in which it may run, does not answer.
         version: that is served, counted from 1; None before the first is ready.
         replicas: their states.
         service_url: to which images are posted.
-        status_url: below it, /metrics and /v2/health/ready tell of all replicas together.
+        status_url: below it, /metrics and /v2/health/ready tell of all replicas together; in a cluster, of
+            the one that answers.
         key_file: holds the service's key.
-        log_file: holds what its processes say.
+        log_file: holds what its processes say; None: the cluster keeps that.
+        problem: what is wrong with the cluster, or with the replicas in it.
     """
 
     name: str
-    target: str
-    state: Literal["starting", "ready", "failed", "stopped"]
+    target: Target
+    state: Literal["starting", "ready", "failed", "stopped", "unreachable"]
     version: int | None
     replicas: tuple[ReplicaReport, ...]
     service_url: str
     status_url: str
     key_file: Path
-    log_file: Path
+    log_file: Path | None
+    problem: str = ""
 
     @property
     def num_ready(self) -> int:
@@ -218,6 +267,25 @@ class Entry:
         """
         self.require()
         return self._read(SPEC, lambda values: Spec(**values))
+
+    def read_target(self) -> Target | None:
+        """Where its replicas run; None: there is no deployment. One that is damaged counts as local."""
+        try:
+            return self.read_spec().target if self.exists() else None
+        except DeploymentError:
+            return "local"
+
+    def next_spec(self, asked: Asked) -> tuple[Spec | None, Spec]:
+        """What is asked for so far, None where nothing is, and with what is asked for now.
+
+        Raises:
+            DeploymentError: the file is damaged.
+        """
+        previous = self.read_spec() if self.exists() else None
+        before = previous or Spec(0, 0, 1, asked.timeout_seconds, {})
+        version = before.num_versions + 1
+        changes = {name: value for name, value in vars(asked).items() if value is not None}
+        return previous, replace(before, version=version, num_versions=version, **changes)
 
     def write_spec(self, spec: Spec) -> None:
         """Ask for something."""

@@ -119,6 +119,7 @@ class Supervisor:
     async def _start(self, spec: Spec) -> None:
         """Start a version beside the one that is served, and report whether it became ready."""
         LOGGER.info("starting version %d", spec.version)
+        assert spec.num_replicas != "auto"  # refused when it was asked for
         command, fds = partial(self._command, spec), (self._service.fileno(), self._lock)
         new = [
             Keeper(spec.version, number, command, fds, self._write_report)

@@ -66,8 +66,8 @@ class AsyncClient:
     """A scoring service as asyncio code sees it. Use it in `async with`, or call `aclose` in the end.
 
     Connections stay open between requests. Connection errors, lost answers and the statuses 429 and 503 are
-    tried again after random, growing pauses, never sooner than the service's Retry-After says; anything else
-    is an error at once.
+    tried again after random, growing pauses, never sooner than the service's Retry-After says; so are the
+    errors of a proxy that has lost the service. Anything else is an error at once.
 
     Args:
         url: the service's address, such as http://127.0.0.1:8000; its /score address will do.
@@ -88,7 +88,7 @@ class AsyncClient:
             timeout=None,
             limits=httpx2.Limits(max_connections=MAX_CONNECTIONS, max_keepalive_connections=MAX_CONNECTIONS),
             # No proxy of the environment's reaches this machine's own addresses.
-            trust_env=not _is_loopback(_host(self.url)),
+            trust_env=not is_loopback(_host(self.url)),
         )
 
     def __repr__(self) -> str:
@@ -271,6 +271,8 @@ class AsyncClient:
         if status in _BUSY:
             seconds = read_retry_after(response.headers.get("Retry-After", ""))
             raise _TemporaryError(_reason(response), status=status, retry_after=seconds)
+        if status >= httpx2.codes.INTERNAL_SERVER_ERROR and _words(response) is None:
+            raise _TemporaryError(_reason(response))  # a proxy's answer, in place of one that was lost
         kind = _UnavailableError if status in _WRONG_SERVICE else ServiceError
         raise kind(f"{url}: {_reason(response)}", status=status)
 
@@ -485,13 +487,18 @@ def _read_scores(values: Any) -> NDArray[np.float32]:
 
 
 def _reason(response: httpx2.Response) -> str:
-    """The status, and what the service says of the request or its first image; else the status's name."""
+    """The status, and what the service says; else the status's name."""
+    words = _words(response)
+    return f"{response.status_code}: {response.reason_phrase if words is None else words}"
+
+
+def _words(response: httpx2.Response) -> str | None:
+    """What the service says of the request or its first image; None: it is not the service that speaks."""
     try:
         answer = response.json()
-        words = answer["error"] if "error" in answer else answer["predictions"][0]["error"]
+        return str(answer["error"] if "error" in answer else answer["predictions"][0]["error"])
     except _MALFORMED:
-        words = response.reason_phrase
-    return f"{response.status_code}: {words}"
+        return None
 
 
 def _with_ids(images: Iterable[ImageInput]) -> list[tuple[str, ImageInput]]:
@@ -566,7 +573,8 @@ def _host(url: str) -> str:
     return address.host
 
 
-def _is_loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
+    """Whether a host's name or address is this machine's own."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:

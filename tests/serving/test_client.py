@@ -105,6 +105,7 @@ def hangs(request: Request) -> Reply:
     return Reply(b"", delay=60)
 
 
+lost_by_proxy = says(b"Internal Server Error", "500 Internal Server Error")
 busy = says({"error": "queue full"}, "429 Too Many Requests", Retry_After="1")
 draining = says({"error": "draining"}, "503 Service Unavailable")
 
@@ -277,7 +278,7 @@ def test_is_ready():
 # Retries.
 
 
-@pytest.mark.parametrize("failure", [disconnects, cut_short, draining])
+@pytest.mark.parametrize("failure", [disconnects, cut_short, draining, lost_by_proxy])
 def test_what_may_pass_is_tried_again(failure):
     with serving(failure, failure) as server:
         assert score_one(server) == 7

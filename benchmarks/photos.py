@@ -129,13 +129,14 @@ def workers_of(subject: str) -> int:
 def corner(pixels: np.ndarray, position: int) -> np.ndarray:
     """What is kept of a photo where only decoding is timed: uint8 [32, 32, 3], elsewhere at each position."""
     top, left = (position % (side - CORNER_SIZE + 1) for side in pixels.shape[:2])
-    return pixels[top : top + CORNER_SIZE, left : left + CORNER_SIZE]
+    # A view would keep the whole photo until its batch is made.
+    return pixels[top : top + CORNER_SIZE, left : left + CORNER_SIZE].copy()
 
 
 def pillow_corner(paths: Sequence[Path], position: int) -> np.ndarray:
     """A photo decoded in full, of which the corner is kept."""
     with Image.open(paths[position % len(paths)]) as file:
-        return np.array(corner(np.asarray(file.convert("RGB")), position))
+        return corner(np.asarray(file.convert("RGB")), position)
 
 
 def pillow_view(paths: Sequence[Path], size: int, position: int) -> np.ndarray:

@@ -68,7 +68,11 @@ def _join() -> None:
     jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(
-            num_processes=numbers[0], process_id=numbers[1], shutdown_timeout_seconds=SHUTDOWN_SECONDS
+            num_processes=numbers[0],
+            process_id=numbers[1],
+            # All is said: a scheduler around it, whose job this is a part of, has no say in the devices.
+            cluster_detection_method="deactivate" if given.keys() == set(SETTINGS) else None,
+            shutdown_timeout_seconds=SHUTDOWN_SECONDS,
         )
     except (ValueError, RuntimeError) as error:
         described = ", ".join(f"{name}={value}" for name, value in given.items()) or "none of them is set"

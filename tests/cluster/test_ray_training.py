@@ -18,7 +18,7 @@ from jaxcls.classifier import create_model, load
 pytest.importorskip("ray")
 
 pytestmark = [pytest.mark.slow, pytest.mark.cluster]
-SECONDS = 150
+SECONDS = 300
 
 
 @pytest.fixture(scope="module")

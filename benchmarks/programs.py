@@ -11,6 +11,8 @@ NUM_INPUTS = 2
 NUM_CLASSES = 1000
 # Two runs of one compiled program on one input; autotuned libraries may add in another order.
 SAME = 1e-2
+# The environment's variable with the path of a classifier that was saved before the clock runs.
+SAVED_CLASSIFIER = "JAXCLS_BENCHMARK_CLASSIFIER"
 
 
 def random_images(batch_size: int, image_size: int, number: int) -> np.ndarray:

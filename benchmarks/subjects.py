@@ -1,5 +1,6 @@
 """jaxcls as the subject: the only module of the benchmarks that knows how its programs are made."""
 
+import os
 import time
 from typing import Any, cast
 
@@ -16,10 +17,16 @@ from benchmarks.jax_programs import (
     memory_of,
 )
 from benchmarks.photos import make_photos, num_photos, scratch_folder
-from benchmarks.programs import NUM_CLASSES, NUM_INPUTS, random_images, random_labels
+from benchmarks.programs import (
+    NUM_CLASSES,
+    NUM_INPUTS,
+    SAVED_CLASSIFIER,
+    random_images,
+    random_labels,
+)
 from benchmarks.timing import Program, SubjectError
 from benchmarks.worker import Task
-from jaxcls.classifier import Classifier, Forward, create_model
+from jaxcls.classifier import Classifier, Forward, create_model, load
 from jaxcls.data.folder import read_folder
 from jaxcls.models.fold import fold_batch_norm
 from jaxcls.models.precision import Precision, compute_dtype
@@ -65,9 +72,18 @@ def first_step(task: Task) -> dict[str, Any]:
     return first_run(train, task)
 
 
+def save(task: Task) -> dict[str, Any]:
+    """Save the classifier for `first_score`."""
+    return {"path": str(_model(task).save(os.environ[SAVED_CLASSIFIER]))}
+
+
 def first_score(task: Task) -> dict[str, Any]:
-    """One batch scored in a new process."""
-    return first_run(score, task)
+    """The saved classifier loaded and one batch scored, in a new process."""
+
+    def load_and_compile(task: Task) -> Program:
+        return JaxScoring(*_compile_scoring(task, load(os.environ[SAVED_CLASSIFIER])))
+
+    return first_run(load_and_compile, task)
 
 
 def memory_train(task: Task) -> dict[str, Any]:

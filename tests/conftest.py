@@ -134,11 +134,14 @@ ray.shutdown()
 
 
 @pytest.fixture(scope="session")
-def ray_cluster():
+def ray_cluster(service_home):
     """The address of a Ray cluster of four cores on this machine, which ends with this process."""
+    environment = {**os.environ, "JAXCLS_HOME": str(service_home)}
     # In /tmp: sockets have names of at most 107 bytes.
     with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True) as folder:
         command = [sys.executable, "-c", CLUSTER, folder]
-        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        with subprocess.Popen(
+            command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        ) as process:
             yield process.stdout.readline().strip()
             process.communicate()

@@ -7,7 +7,7 @@ import shlex
 import subprocess
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 from tyro.conf import OmitArgPrefixes, Positional
@@ -19,12 +19,15 @@ from jaxcls.commands.base import (
     Command,
     expand,
     new_output,
+    note,
+    open_text,
     print_columns,
     read_key,
 )
 from jaxcls.commands.output import OutputOptions
 from jaxcls.errors import UsageError
-from jaxcls.serving.config import READY_SECONDS, ServiceConfig, require_extra
+from jaxcls.serving.config import READY_SECONDS, RayOptions, ServiceConfig, require_extra
+from jaxcls.serving.registry import Replicas, Target
 from jaxcls.storage import Storage
 
 KEY_VARIABLE = "JAXCLS_SERVICE_KEY"
@@ -104,7 +107,7 @@ class Score(Command):
 
 @dataclass(frozen=True, kw_only=True)
 class Deploy(Command):
-    """Serve a classifier on this machine under a name, in place of what is served under it: no request fails.
+    """Serve a classifier under a name, in place of what is served under it: no request fails.
 
     The service outlives the terminal and keeps a copy of the classifier. Replicas that die are started again.
     Without any bound for them, such as --max-queue, those that it was deployed with last stay.
@@ -116,26 +119,67 @@ class Deploy(Command):
     """Lower-case letters, digits and hyphens."""
     model: Annotated[Positional[Path | None], tyro.conf.arg(metavar="[CLASSIFIER]")] = None
     """A saved classifier; default: the one that was deployed last under this name."""
-    replicas: int | None = None
-    """Processes that score, each with the whole classifier; default: as many as there are, or 1."""
+    replicas: Replicas | None = None
+    """Processes that score, each with the whole classifier; default: as many as there are, or 1. auto, with
+    --target ray: as many as the requests need."""
+    target: Target | None = None
+    """local: on this machine; ray: in a Ray cluster that runs already. Default: where it is, or local."""
+    address: str | None = None
+    """Of the cluster, HOST:PORT or ray://HOST:PORT; default: this machine's."""
     port: int | None = None
-    """On 127.0.0.1; default: the one that the deployment has, or a free one."""
+    """On 127.0.0.1; default: the one that the deployment has, or a free one. With --target ray, Serve's,
+    if it does not run yet; default: 8000."""
     timeout_seconds: float = READY_SECONDS
     """Give up, and keep what is served, if the new replicas are not all ready by then."""
     config: OmitArgPrefixes[ServiceConfig] = field(default_factory=ServiceConfig)
+    ray: OmitArgPrefixes[RayOptions] = field(default_factory=RayOptions)
+    manifest: Literal["kubernetes", "kuberay"] | None = None
+    """Deploy nothing, but write what `kubectl apply` takes. CLASSIFIER: its path in the image, or /model."""
+    image: str = "jaxcls"
+    """With --manifest: of `jaxcls docker`; for kuberay, with --ray."""
+    out: Path | None = None
+    """With --manifest: a file for it; default: the terminal."""
 
     def run(self) -> int:
+        if self.manifest is not None:
+            return self._write_manifest(self.manifest)
         from jaxcls.serving.deployment import Deployment
 
-        config = None if self.config == ServiceConfig() else self.config
-        deployment = Deployment(self.name, self.model, self.replicas, config=config)
+        deployment = Deployment(
+            self.name,
+            self.model,
+            self.replicas,
+            self.target,
+            config=None if self.config == ServiceConfig() else self.config,
+            address=self.address,
+            ray=None if self.ray == RayOptions() else self.ray,
+        )
         deployment.deploy(port=self.port, timeout_seconds=self.timeout_seconds)
+        return DONE
+
+    def _write_manifest(self, kind: Literal["kubernetes", "kuberay"]) -> int:
+        from jaxcls.serving.manifests import MODEL, Service, write_manifest
+
+        if self.target or self.address or self.port:
+            raise UsageError("--manifest goes with none of --target, --address and --port")
+        limits = self.ray.min_replicas, self.ray.max_replicas
+        service = Service(
+            name=self.name,
+            image=self.image,
+            model=str(self.model or MODEL),
+            replicas=limits if self.replicas == "auto" else self.replicas or 1,
+            gpus=self.ray.gpus,
+            config=self.config,
+        )
+        text = write_manifest(kind, service)
+        with open_text(self.out) as file:
+            file.write(text)
         return DONE
 
 
 @dataclass(frozen=True, kw_only=True)
 class List(Command):
-    """List the deployments, running or stopped."""
+    """List the deployments, running or stopped. Exit code 1: of some there is something to be told."""
 
     uses_jax = False
 
@@ -143,14 +187,18 @@ class List(Command):
         from jaxcls.serving.deployment import list_deployments
 
         rows = [("name", "state", "version", "ready", "restarts", "endpoint", "status")]
-        for found in list_deployments():
+        deployments = list_deployments()
+        for found in deployments:
             ready = f"{found.num_ready}/{len(found.replicas)}"
             restarts = sum(replica.num_restarts for replica in found.replicas)
             served = str(found.version or "-")
             urls = (found.service_url, found.status_url)
             rows.append((found.name, found.state, served, ready, str(restarts), *urls))
         print_columns(rows)
-        return DONE
+        problems = [f"jaxcls: {found.name}: {found.problem}" for found in deployments if found.problem]
+        for problem in problems:
+            note(problem)
+        return FAILED if problems else DONE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -234,11 +282,14 @@ class Docker(Command):
     """The image's name."""
     cuda: bool = False
     """For NVIDIA GPUs."""
+    ray: bool = False
+    """For the nodes of a Ray cluster, too."""
 
     def run(self) -> int:
         from jaxcls.serving import docker
 
-        context = docker.write_context(self.model, self.out or new_output("docker"), cuda=self.cuda)
+        out = self.out or new_output("docker")
+        context = docker.write_context(self.model, out, cuda=self.cuda, ray=self.ray)
         print(f"build context: {context}")
         build = docker.build_command(context, self.tag)
         if docker.has_engine():

@@ -6,7 +6,6 @@ along would not do: it forgets them when the last process that needs them has en
 to be started hours later.
 """
 
-import ipaddress
 import logging
 import os
 import socket
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import ray
 from ray import serve
+from ray.serve._private.client import ServeControllerClient
 from ray.serve.context import _get_global_client
 from ray.serve.exceptions import RayServeException
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -39,7 +39,6 @@ from jaxcls.serving.registry import (
     Report,
     Spec,
 )
-from jaxcls.storage import file_sha256
 
 if TYPE_CHECKING:
     from jaxcls.classifier import Classifier
@@ -87,7 +86,7 @@ def deploy(
             try:
                 entry.create()
                 copy_classifier(entry, classifier, previous, spec)
-                _require_readable(entry, spec)
+                _check_nodes(entry, spec)
                 entry.write_spec(spec)
                 _start_serve(spec, port)
                 _run(entry, spec)
@@ -166,9 +165,7 @@ def _connected(address: str) -> Iterator[str]:
         return
     _require_listener(address)
     with connected(address):
-        found = address if "://" in address else ray.get_runtime_context().gcs_address
-        _require_token(found)
-        yield found
+        yield address if "://" in address else ray.get_runtime_context().gcs_address
 
 
 def _require_listener(address: str) -> None:
@@ -197,47 +194,43 @@ def _require_same(address: str) -> str:
     return found
 
 
-def _require_token(address: str) -> None:
-    """Raise UsageError where other machines could have the cluster run their code."""
-    host = address.rpartition("//")[2].rpartition(":")[0].strip("[]")
-    if os.environ.get("RAY_AUTH_MODE") != "token" and not is_loopback(host):
-        raise UsageError(
-            f"the cluster at {address} can be reached from other machines, and runs whatever it is sent: "
-            "start it with RAY_AUTH_MODE=token, and set that here"
-        )
+def _check_nodes(entry: Entry, spec: Spec) -> None:
+    """Have each node that may run a replica look at classifier and key.
 
-
-def _require_readable(entry: Entry, spec: Spec) -> None:
-    """Raise DeploymentError unless each node that may run a replica finds classifier and key."""
+    Raises:
+        DeploymentError: one does not find them; or other machines could have it run their code.
+    """
     needed = "GPU" if RayOptions(**spec.ray).gpus else "CPU"
-    manifest = entry.classifier(spec.version) / MANIFEST
-    files = [str(manifest), str(entry.key_file)]
+    files = [str(entry.classifier(spec.version) / MANIFEST), str(entry.key_file)]
     nodes = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get(needed)]
     if not nodes:
         raise DeploymentError(f"no node of the cluster at {spec.address} has a {needed}")
-    read = ray.remote(num_cpus=0, max_retries=0)(_digests)
+    look = ray.remote(num_cpus=0, max_retries=0)(_look)
     found = {
-        node["NodeManagerAddress"]: read.options(
+        node["NodeManagerAddress"]: look.options(
             scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
         ).remote(files)
         for node in nodes
     }
-    expected = _digests(files)
-    for host, digests in found.items():
+    for host, looked in found.items():
         try:
-            if ray.get(digests, timeout=CHECK_SECONDS) == expected:
-                continue
-            problem = "finds another one there"
+            has_files, is_guarded = ray.get(looked, timeout=CHECK_SECONDS)
         except ray.exceptions.RayError as error:
-            problem = str(error).strip().rpartition("\n")[2]
-        raise DeploymentError(
-            f"the node {host} cannot read {entry.folder} ({problem}): JAXCLS_HOME must be a folder that all "
-            "nodes share, and jaxcls[serve,cluster] be installed on each"
-        )
+            reason = str(error).strip().rpartition("\n")[2]
+            raise DeploymentError(
+                f"node {host}: {reason}; it needs jaxcls[serve,cluster], as here"
+            ) from error
+        if not has_files:
+            raise DeploymentError(f"node {host} cannot read {entry.folder}: all nodes must share JAXCLS_HOME")
+        if not is_guarded and not is_loopback(host):
+            raise DeploymentError(
+                f"node {host} runs whatever anybody sends it: start the cluster with RAY_AUTH_MODE=token"
+            )
 
 
-def _digests(files: list[str]) -> list[str]:
-    return [file_sha256(Path(file)) for file in files]
+def _look(files: list[str]) -> tuple[bool, bool]:
+    """Whether this node's process can read the files, and whether Ray here asks for a token."""
+    return all(os.access(file, os.R_OK) for file in files), os.environ.get("RAY_AUTH_MODE") == "token"
 
 
 # Serve.
@@ -245,7 +238,7 @@ def _digests(files: list[str]) -> list[str]:
 
 def _start_serve(spec: Spec, port: int | None) -> None:
     """Start Serve in the cluster, unless it runs there."""
-    if _find_details() is None:
+    if _find_serve() is None:
         host = RayOptions(**spec.ray).host
         serve.start(http_options={"host": host, "port": PORT if port is None else port})
 
@@ -310,21 +303,18 @@ def _restore(entry: Entry, previous: Spec | None) -> None:
     entry.keep_version(previous.version)
 
 
-def _find_details() -> dict[str, Any] | None:
-    """What Serve says of itself, as its REST API would; None: it does not run."""
+def _find_serve() -> ServeControllerClient | None:
+    """Serve's controller, which answers what its REST API would; None: it does not run."""
     try:
-        client = _get_global_client()
+        return _get_global_client()
     except RayServeException:
         return None
-    assert client is not None  # it raises
-    return client.get_serve_details()
 
 
 def _find_application(entry: Entry) -> dict[str, Any] | None:
     """What Serve says of the deployment; None: it has none of that name."""
-    details = _find_details() or {"applications": {}}
-    found: dict[str, Any] | None = details["applications"].get(entry.name)
-    return found
+    client = _find_serve()
+    return None if client is None else client.get_serve_details()["applications"].get(entry.name)
 
 
 def _delete_application(entry: Entry) -> None:
@@ -340,11 +330,11 @@ def _require_unused(entry: Entry) -> None:
 
 
 def _make_report(entry: Entry, spec: Spec) -> Report:
-    details = _find_details()
-    assert details is not None
-    host, port = details["http_options"]["host"], details["http_options"]["port"]
-    if ipaddress.ip_address(host).is_unspecified:
-        host = details["controller_info"]["node_ip"]
+    client = _find_serve()
+    assert client is not None  # an application runs in it
+    host, port = client.http_config.host, client.http_config.port
+    if host == "0.0.0.0":
+        host = client.get_serve_details()["controller_info"]["node_ip"]
     return Report(port, port, spec.version, host=host, route=f"/{entry.name}")
 
 

@@ -104,7 +104,8 @@ def test_the_inventory_example_runs(tmp_path, monkeypatch, capsys):
 def test_files_and_commands_exist():
     for path in re.findall(r"`((?:experiments|tests|\.ci)/[\w./]+)`", README):
         assert (ROOT / path).exists(), path
-    subcommands = set(re.findall(r"jaxcls (\w+)", "\n".join(re.findall(r"```\n(.*?)```", README, re.DOTALL))))
+    blocks = [block for block in README.split("```")[1::2] if block.startswith("\n")]
+    subcommands = set(re.findall(r"(?<![\w.])jaxcls (\w+)", "".join(blocks)))
     known = {command.__name__.lower() for command in cli.COMMANDS}
     assert subcommands <= known
     for command in re.findall(r"`jaxcls (\w+)`", README):

@@ -175,6 +175,13 @@ def test_cuda(model, tmp_path):
     assert "--gpus all" in docker.run_command("hue", cuda=True)
 
 
+def test_ray(model, tmp_path):
+    pytest.importorskip("ray")
+    context = docker.write_context(model, tmp_path / "context", ray=True)
+    pins = (context / "requirements.txt").read_text().split()
+    assert {f"ray=={metadata.version('ray')}", f"starlette=={metadata.version('starlette')}"} <= set(pins)
+
+
 # The command. On PATH stands a program in place of Docker's, so that no test builds an image.
 
 

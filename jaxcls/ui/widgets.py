@@ -1,6 +1,7 @@
 """The views of reports and pages as notebook widgets: the kernel answers them in place of a server."""
 
 import asyncio
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -9,12 +10,14 @@ import anywidget
 import httpx2
 import numpy as np
 from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from traitlets import Dict, Float, Unicode
 
 from jaxcls.data.annotations import TRASH, Annotations, make_dataset
 from jaxcls.data.dataset import UNLABELLED, Dataset
-from jaxcls.errors import UsageError
+from jaxcls.errors import DatasetError, UsageError
 from jaxcls.evaluation.label_errors import LabelErrors
 from jaxcls.evaluation.metrics import Evaluation, evaluate
 from jaxcls.predictions import Predictions
@@ -24,6 +27,8 @@ from jaxcls.ui.page import STATIC, join_modules
 from jaxcls.ui.report import require_same_photos
 from jaxcls.ui.results import describe, describe_scores
 from jaxcls.ui.review_page import photo_route, with_photos
+
+LOGGER = logging.getLogger(__name__)
 
 STYLES = ("page.css", "annotate.css")
 
@@ -52,7 +57,7 @@ class Widget(anywidget.AnyWidget):
         on_close: Callable[[], object] = lambda: None,
     ) -> None:
         super().__init__(view=view, data=data)
-        app = Starlette(routes=routes, exception_handlers=HANDLERS)
+        app = Starlette(routes=routes, exception_handlers={**HANDLERS, Exception: _fail})
         transport = httpx2.ASGITransport(app, raise_app_exceptions=False)
         self._client = httpx2.AsyncClient(transport=transport, base_url="http://kernel")
         self._answers: set[asyncio.Task[None]] = set()
@@ -80,19 +85,24 @@ class AnnotationWidget(Widget):
 
     def __init__(self, desk: Desk, ids: Sequence[str]) -> None:
         super().__init__("annotate", desk.state(), routes=desk.routes(), on_close=desk.close)
-        self._desk, self._ids = desk, ids
+        shown = {*self.data["ids"]}
+        self._desk, self._ids = desk, [photo for photo in ids if photo in shown]
 
     def dataset(self) -> Dataset:
         """The photos with their present labels, without those in the trash.
 
         Raises:
-            DatasetError: the journal is damaged, or cannot be read.
+            DatasetError: files were moved or deleted meanwhile; or the journal is damaged, or cannot be read.
         """
-        annotations = self._desk.annotations
-        annotations.refresh()
-        labels = dict(zip(self._ids, annotations.labels(self._ids), strict=True))
-        kept = [photo for photo, label in labels.items() if label != TRASH]
-        return make_dataset(annotations.tree, kept, [labels[photo] for photo in kept], self._desk.max_pixels)
+        tree, state = self._desk.annotations.tree, self._desk.state()
+        present = dict(zip(state["ids"], (state["names"][label] for label in state["labels"]), strict=True))
+        if gone := [photo for photo in self._ids if photo not in present]:
+            raise DatasetError(
+                f"{tree.root}: {len(gone)} of these photos, such as {gone[0]}, are not there any more:"
+                " read the folder anew with jaxcls.read_folder"
+            )
+        kept = [photo for photo in self._ids if present[photo] != TRASH]
+        return make_dataset(tree, kept, [present[photo] for photo in kept], self._desk.max_pixels)
 
 
 class ThresholdWidget(Widget):
@@ -116,7 +126,8 @@ def annotate(
     """Label photos in a notebook, as `jaxcls annotate` does on a page.
 
     Edits go to the same journal beside the photos: both may be open at once, and `jaxcls annotate --apply`
-    moves the files. The widget's `dataset()` gives the photos with the labels that they have by then.
+    moves the files: read the folder anew then. The widget's `dataset()` gives the photos with the labels that
+    they have by then. Photos behind links are left out.
 
     Args:
         dataset: photos of one folder, as `read_folder` reads them, or some of them. The labels that are shown
@@ -130,7 +141,8 @@ def annotate(
         UsageError: the photos do not all lie in one folder, in sub-folders named as their classes.
     """
     ids = dataset.ids.tolist()
-    annotations = Annotations(_root(dataset), unlabelled=unlabelled)
+    # Absolute: the notebook may change its folder while the widget is open.
+    annotations = Annotations(_root(dataset).absolute(), unlabelled=unlabelled)
     _require_own_classes(dataset, annotations)
     hints = make_hints(label_errors, predictions)
     return AnnotationWidget(Desk(annotations, hints, only=set(ids), max_pixels=dataset.max_pixels), ids)
@@ -172,6 +184,11 @@ def thresholds(evaluation: Evaluation) -> ThresholdWidget:
         abstained=np.zeros(len(answers.truth), np.bool_),
     )
     return ThresholdWidget("thresholds", describe_scores(shown))
+
+
+async def _fail(request: Request, error: Exception) -> Response:
+    LOGGER.error("no answer to %s", request.url.path, exc_info=error)
+    return JSONResponse({"error": f"the kernel failed to answer: {error!r}"}, 500)
 
 
 def _root(dataset: Dataset) -> Path:

@@ -23,8 +23,9 @@ const HELP = [
 ];
 
 function pictureOf(photos, id, size, onFailure = () => {}) {
-  const address = photos.server.picture(`photo?${new URLSearchParams({ id, size })}`);
-  const node = imageElement(address, { loading: size === "thumbnail" ? "lazy" : "eager" });
+  const isWhole = size === "whole";
+  const node = imageElement((image) => photos.server.show(image, `photo?${new URLSearchParams({ id, size })}`),
+    { loading: isWhole ? "eager" : "lazy", fetchpriority: isWhole ? "high" : "auto" });
   node.addEventListener("error", () => {
     node.replaceWith(element("span", { class: "no-picture", text: "unreadable" }));
     onFailure();
@@ -169,6 +170,7 @@ export class AnnotationView {
     this.count.textContent = `${this.page + 1} / ${this.numPages}, ${formatCount(this.shown.length, "photo")}`;
     this.cells = new Map(this.onPage.map((id, place) => [id, this.makeCell(id, place)]));
     const none = element("li", { class: "muted", text: "No photo is shown with this filter." });
+    this.list.scrollTop = 0;
     this.list.replaceChildren(...(this.cells.size > 0 ? [...this.cells.values()].map(({ node }) => node) : [none]));
     if (this.root.getBoundingClientRect().top < 0) this.root.scrollIntoView();
     this.draw();
@@ -275,13 +277,16 @@ export class AnnotationView {
     }
   }
 
+  // A server that takes its time is not asked again meanwhile.
   async syncInBackground() {
-    if (document.hidden) return;
+    if (document.hidden || this.isSyncing) return;
+    this.isSyncing = true;
     try {
       await this.photos.sync();
     } catch (error) {
       this.say(error.message);
     }
+    this.isSyncing = false;
   }
 
   // Labels what is selected, or else the current photo, and goes on to the next.

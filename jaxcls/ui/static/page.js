@@ -10,6 +10,6 @@ function embedded(id) {
 
 const results = embedded("results");
 const thumbnails = embedded("thumbnails");
-const server = { picture: (path) => path };
+const server = { show: (image, path) => (image.src = path) };
 showResults(document.getElementById("page"), results,
   thumbnails === null ? new ServedPhotos(server, results.photosVersion) : new EmbeddedPhotos(thumbnails));

@@ -1,4 +1,4 @@
-// Where the pictures come from: embedded thumbnails, or who answers the view.
+// Where the pictures come from: embedded thumbnails, or who answers the view. Each is a function that fills an image.
 
 import { element } from "./dom.js";
 
@@ -9,7 +9,7 @@ export class EmbeddedPhotos {
   }
 
   thumbnail(i) {
-    return this.encoded[i] === null ? null : `data:${this.type};base64,${this.encoded[i]}`;
+    return this.encoded[i] === null ? null : (image) => (image.src = `data:${this.type};base64,${this.encoded[i]}`);
   }
 
   whole(i) {
@@ -24,24 +24,23 @@ export class ServedPhotos {
   }
 
   thumbnail(i) {
-    return this.server.picture(`thumbnails/${i}?v=${this.version}`);
+    return (image) => this.server.show(image, `thumbnails/${i}?v=${this.version}`);
   }
 
   whole(i) {
-    return this.server.picture(`photos/${i}?v=${this.version}`);
+    return (image) => this.server.show(image, `photos/${i}?v=${this.version}`);
   }
 }
 
-// Of an address, or the promise of one. Beside the picture there is its name in text: to a screen reader it adds nothing.
-export function imageElement(address, attributes = {}) {
+// Beside the picture there is its name in text: to a screen reader it adds nothing.
+export function imageElement(source, attributes = {}) {
   const node = element("img", { alt: "", draggable: "false", ...attributes });
-  Promise.resolve(address).then((known) => (node.src = known), () => node.dispatchEvent(new Event("error")));
-  node.addEventListener("load", () => URL.revokeObjectURL(node.src));
+  source(node);
   return node;
 }
 
-export function pictureElement(results, source, i) {
+export function pictureElement(results, source, i, attributes = {}) {
   if (results.errors[i] !== undefined) return element("span", { class: "no-picture", text: "unreadable" });
   if (source === null) return element("span", { class: "no-picture", text: "not embedded" });
-  return imageElement(source);
+  return imageElement(source, attributes);
 }

@@ -38,10 +38,9 @@ export function countAnswers(results, thresholds) {
 }
 
 export class ThresholdExplorer {
-  // `tell` hears of the chosen thresholds: label -> score.
-  constructor(results, tell = () => {}) {
-    Object.assign(this, { results, tell });
-    this.chosen = new Map();
+  // `chosen` are thresholds: label -> score. `tell` hears of those chosen here.
+  constructor(results, chosen = new Map(), tell = () => {}) {
+    Object.assign(this, { results, chosen, tell });
     const stored = [...(results.thresholds ?? []).entries()];
     this.stored = new Map(stored.filter(([, threshold]) => threshold > ALWAYS));
     this.roc = new CurvePlot("ROC curve", "false positive rate", "true positive rate",
@@ -166,6 +165,12 @@ export class ThresholdExplorer {
     return `As the classifier's threshold: of the images for which ${results.classes[label]} scores best, ` +
       `${counts.answered.toLocaleString("en")} are answered, ${counts.right.toLocaleString("en")} of them rightly; ` +
       `on ${counts.left.toLocaleString("en")} it abstains.`;
+  }
+
+  // Thresholds that were chosen elsewhere.
+  take(chosen) {
+    this.chosen = chosen;
+    this.drawChoices();
   }
 
   choose() {

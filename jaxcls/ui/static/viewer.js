@@ -85,7 +85,7 @@ export class Viewer {
     this.next.disabled = this.place === this.images.length - 1;
     const scores = results.best[i] < 0 ? [] : [element("h3", { text: results.scoreName }), barList(results, i)];
     this.body.replaceChildren(
-      element("div", { class: "picture" }, pictureElement(results, this.photos.whole(i), i)),
+      element("div", { class: "picture" }, pictureElement(results, this.photos.whole(i), i, { fetchpriority: "high" })),
       element("div", { class: "viewer-facts" }, element("p", { class: `verdict ${verdict}`, text: verdict }),
         facts(results, i), ...scores));
     this.onMove(this.place);

@@ -17,16 +17,22 @@ const VIEWS = {
 
   annotate(root, data, server) {
     const view = new AnnotationView(root, new Labelling(data, server), { surface: root });
+    view.syncInBackground(); // the data are as old as the widget
     return () => view.close();
   },
 
   thresholds(root, data, server, model) {
+    const known = () => new Map(Object.entries(model.get("chosen"))
+      .map(([name, score]) => [data.classes.indexOf(name), score]).filter(([label]) => label >= 0));
     const tell = (chosen) => {
       model.set("chosen", Object.fromEntries([...chosen].map(([label, score]) => [data.classes[label], score])));
       model.save_changes();
     };
-    root.append(element("main", {}, new ThresholdExplorer(new Results(data), tell).node));
-    return () => {};
+    const explorer = new ThresholdExplorer(new Results(data), known(), tell);
+    const hear = () => explorer.take(known());
+    model.on("change:chosen", hear);
+    root.append(element("main", {}, explorer.node));
+    return () => model.off("change:chosen", hear);
   },
 };
 
@@ -37,7 +43,7 @@ function render({ model, el }) {
   const root = element("div", { id: "page" });
   host.attachShadow({ mode: "open" }).append(element("style", { text: model.get("stylesheet") }), root);
   el.append(host);
-  const server = new KernelServer(model);
+  const server = new KernelServer(model, root);
   const close = VIEWS[model.get("view")](root, model.get("data"), server, model);
   return () => {
     close();

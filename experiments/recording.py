@@ -16,7 +16,7 @@ import jax
 
 PACKAGES = (
     "jaxcls", "jax", "jaxlib", "flax", "optax", "grain", "numpy", "pillow", "scikit-learn",
-    "torch", "torchvision", "transformers", "cleanlab",
+    "torch", "torchvision", "transformers", "cleanlab", "ray",
 )  # fmt: skip
 FLAG_VARIABLES = ("XLA_FLAGS", "JAX_PLATFORMS", "OMP_NUM_THREADS", "TF_ENABLE_ONEDNN_OPTS")
 ROOT = Path(__file__).resolve().parents[1]

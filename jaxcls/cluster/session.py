@@ -46,13 +46,12 @@ def connected(address: str | None = None) -> Iterator[None]:
         yield
         return
     address = address or os.environ.get("RAY_ADDRESS", "local")
-    own: dict[str, Any] = {"include_dashboard": False} if address == "local" else {}
     try:
         with warnings.catch_warnings():
             # The processes that are forked become other programs at once.
             warnings.filterwarnings("ignore", "os.fork", RuntimeWarning)
-            ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **own)
-    except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+            ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **_options(address))
+    except Exception as error:  # of nearly every kind, `Exception` itself among them
         reason = str(error).partition("\n")[0]
         raise DeploymentError(
             f"Ray at {address}: {reason} (`RAY_AUTH_MODE=token ray start --head` starts a cluster)"
@@ -61,3 +60,8 @@ def connected(address: str | None = None) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _options(address: str) -> dict[str, Any]:
+    """Of a new cluster: no dashboard; loopback, for which Ray does not take 127.0.0.1 but the network's."""
+    return {"include_dashboard": False, "_node_ip_address": "127.0.0.2"} if address == "local" else {}

@@ -182,8 +182,8 @@ class Features(ClusterCommand):
             start.load(), photos, precision=self.precision, progress=True
         )
         content = BytesIO()
-        classes = np.asarray(photos.classes, np.str_)
-        np.savez(content, values=values, labels=labels, classes=classes, ids=ids.astype(np.str_))
+        texts = np.asarray(photos.classes, np.str_), np.asarray(ids.tolist(), np.str_)
+        np.savez(content, values=values, labels=labels, classes=texts[0], ids=texts[1])
         write_whole(Path(self.out), content.getvalue())
         print(f"{len(ids)} images, {values.shape[1]} features: {self.out}")
         return DONE

@@ -143,5 +143,7 @@ def ray_cluster(service_home):
         with subprocess.Popen(
             command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         ) as process:
-            yield process.stdout.readline().strip()
+            address = process.stdout.readline().strip()
+            assert address, "the cluster did not start; it says why on standard error"
+            yield address
             process.communicate()

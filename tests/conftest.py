@@ -124,9 +124,15 @@ def service_home(tmp_path_factory) -> Path:
 
 CLUSTER = """
 import sys, ray
-cluster = ray.init(
-    "local", num_cpus=4, include_dashboard=False, _temp_dir=sys.argv[1], _node_ip_address="127.0.0.2"
-)
+def start():
+    return ray.init(
+        "local", num_cpus=4, include_dashboard=False, _temp_dir=sys.argv[1], _node_ip_address="127.0.0.2"
+    )
+try:
+    cluster = start()
+except Exception:  # Ray gives a node 30 s, of which a busy machine needs more the first time
+    ray.shutdown()
+    cluster = start()
 print(cluster.address_info["gcs_address"], flush=True)
 sys.stdin.read()
 ray.shutdown()

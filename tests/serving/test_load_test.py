@@ -138,10 +138,12 @@ def test_service_that_dies(scripted, folder, tmp_path, capsys):
         options = ["--rate", 100, "--duration", 0.75, "--out", tmp_path / "out"]
         assert main(command(service, folder, *options)) == 1
     outcomes = read(tmp_path / "out")["outcomes"]
-    assert {name: outcome["count"] for name, outcome in outcomes.items()} == {
-        "ok": 39, "Connection refused": 35, "connection closed": 1
-    }  # fmt: skip
-    assert "36 of 75 requests failed" in capsys.readouterr().out
+    counts = {name: outcome["count"] for name, outcome in outcomes.items()}
+    assert set(counts) == {"ok", "Connection refused", "connection closed"}
+    assert sum(counts.values()) == 75
+    # It dies of one request; of the others that it has by then, some may still be under way.
+    assert 30 <= counts["ok"] <= 39
+    assert f"{75 - counts['ok']} of 75 requests failed" in capsys.readouterr().out
 
 
 def test_generator_at_its_limit_is_told_from_the_service(scripted, folder):

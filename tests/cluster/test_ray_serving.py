@@ -81,11 +81,12 @@ def applications(ray_cluster, port, served_model, key_file):
 
     from jaxcls.cluster.session import connected
     from jaxcls.serving.ray import application
+    from jaxcls.serving.ray_target import start_serve
 
     config = asdict(ServiceConfig(deadline_ms=2000, max_queue=64, max_body_mib=8))
     args = {"model": str(served_model), "name": "colours", "version": "1", "config": config}
     with connected(ray_cluster):
-        serve.start(http_options={"port": port})
+        start_serve("127.0.0.1", port)
         serve.run(application({**args, "key_file": None}), name="colours", route_prefix="/")
         serve.run(application({**args, "key_file": str(key_file)}), name="guarded", route_prefix="/guarded")
     yield

@@ -11,6 +11,7 @@ from dataclasses import replace
 from importlib.util import find_spec
 from io import BytesIO
 from pathlib import Path
+from urllib.parse import urlencode
 
 import nbformat
 import numpy as np
@@ -21,11 +22,12 @@ from examples import make_photos, make_predictions, unreadable
 from PIL import Image
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
-from selenium.webdriver.support.wait import WebDriverWait
+from selenium.webdriver.support.ui import Select, WebDriverWait
 
 import jaxcls
 from jaxcls.data.annotations import Annotations, Change
 from jaxcls.data.lineage import LINEAGE_FILE
+from jaxcls.data.moves import apply_moves
 from jaxcls.data.source import MemorySource
 from jaxcls.errors import DatasetError, MissingExtraError, UsageError
 from jaxcls.evaluation.metrics import evaluate
@@ -100,6 +102,70 @@ def test_only_the_photos_of_the_dataset_are_shown_and_changed(photos, monkeypatc
     [(status, _)] = front.ask(("edit", {"changes": [["blue/1.png", "blue", "red"]]}))
     assert status == 404
     assert widget.dataset().ids.tolist() == ["red/1.png", "blue/0.png"]
+    widget.close()
+
+
+def test_names_of_all_kinds_come_by_message(photos, tmp_path, monkeypatch):
+    names = [f"blue/{name}" for name in ("50% a?b#c&d+e=f.png", "%41;~ .png", "写真 ä.png")]
+    for number, name in enumerate(names):
+        (tmp_path / "photos/blue" / f"{number}.png").rename(tmp_path / "photos" / name)
+    photos = jaxcls.read_folder(tmp_path / "photos")
+    widget = jaxcls.ui.annotate(photos)
+    paths = [f"photo?{urlencode({'id': name, 'size': 'thumbnail'})}" for name in names]
+    for name, (status, body) in zip(
+        names, Front(widget, monkeypatch).ask(*[(p, None) for p in paths]), strict=True
+    ):
+        assert status == 200
+        shown = np.asarray(Image.open(BytesIO(body)).convert("RGB"), np.float64)
+        assert abs(shown - photos.image(photos.ids.tolist().index(name))).mean() < 20
+    widget.close()
+
+
+def test_photos_that_were_moved_are_not_given_with_an_old_label(photos, tmp_path):
+    widget = jaxcls.ui.annotate(photos)
+    annotations = Annotations(tmp_path / "photos")
+    annotations.edit([Change("blue/0.png", "blue", "red")])
+    apply_moves(annotations, ["blue/0.png"])
+    with pytest.raises(DatasetError, match=r"1 of these photos, such as blue/0.png, .*read_folder"):
+        widget.dataset()
+    widget.close()
+
+
+def test_photos_behind_links_are_left_out(tmp_path):
+    folder = write_photos(tmp_path / "photos", {"blue": 2, "red": 2})
+    (folder / "blue/linked.png").symlink_to(folder / "red/0.png")
+    photos = jaxcls.read_folder(folder)
+    assert "blue/linked.png" in photos.ids
+    widget = jaxcls.ui.annotate(photos)
+    assert widget.dataset().ids.tolist() == ["blue/0.png", "blue/1.png", "red/0.png", "red/1.png"]
+    widget.close()
+
+
+def test_the_notebook_may_change_its_folder(photos, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    widget = jaxcls.ui.annotate(jaxcls.read_folder("photos"))
+    front = Front(widget, monkeypatch)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    [(status, _)] = front.ask(("edit", {"changes": [["blue/0.png", "blue", "red"]]}))
+    assert status == 200
+    assert Annotations(tmp_path / "photos").label("blue/0.png") == "red"
+    widget.close()
+
+
+def test_what_fails_in_the_kernel_is_said_and_logged(photos, monkeypatch, caplog):
+    widget = jaxcls.ui.annotate(photos)
+
+    def fail(annotations, seq):
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(Annotations, "undo", fail)
+    [(status, body)] = Front(widget, monkeypatch).ask(("undo", {"seq": 1}))
+    assert (status, json.loads(body)) == (
+        500,
+        {"error": "the kernel failed to answer: MemoryError('no room')"},
+    )
+    assert "in fail" in caplog.text
     widget.close()
 
 
@@ -196,10 +262,28 @@ const notebook = jupyterapp.shell.currentWidget;
 const run = () => jupyterapp.commands.execute("notebook:run-all-cells");
 notebook.sessionContext.ready.then(run).then(() => done());
 """
+COUNT_ADDRESSES = """
+const { createObjectURL, revokeObjectURL } = URL;
+window.addresses = { made: 0, kept: new Set() };
+URL.createObjectURL = (blob) => {
+  const address = createObjectURL(blob);
+  window.addresses.made += 1;
+  window.addresses.kept.add(address);
+  return address;
+};
+URL.revokeObjectURL = (address) => {
+  window.addresses.kept.delete(address);
+  revokeObjectURL(address);
+};
+"""
 EXECUTE = """
 const [code, done] = arguments;
 const { kernel } = jupyterapp.shell.currentWidget.sessionContext.session;
 kernel.requestExecute({ code }).done.then((reply) => done(reply.content.status));
+"""
+BEGIN = """
+const [code] = arguments;
+jupyterapp.shell.currentWidget.sessionContext.session.kernel.requestExecute({ code });
 """
 
 
@@ -215,7 +299,8 @@ def jupyter_lab(folder: Path):
     )  # fmt: skip
     try:
         deadline = time.monotonic() + 60
-        while not (found := list((folder / ".RUNTIME").glob("jpserver-*.json"))):
+        written = (folder / ".RUNTIME").glob
+        while not (found := [file for file in written("jpserver-*.json") if file.stat().st_size > 0]):
             assert server.poll() is None
             assert time.monotonic() < deadline
             time.sleep(0.1)
@@ -226,17 +311,15 @@ def jupyter_lab(folder: Path):
         server.wait(30)
 
 
-@pytest.mark.slow
-@pytest.mark.browser
-@pytest.mark.skipif(find_spec("jupyterlab") is None, reason="needs JupyterLab: pip install -e '.[slow]'")
-def test_all_three_in_jupyter_lab(tmp_path):
-    write_photos(tmp_path / "photos", {"blue": 6, "red": 6})
+@contextmanager
+def open_notebook(folder: Path, cells: list[str]):
+    """A browser in which a notebook was run: yields its driver, and what finds the views in its outputs."""
     kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
     notebook = nbformat.v4.new_notebook(
-        metadata={"kernelspec": kernel}, cells=[nbformat.v4.new_code_cell(cell) for cell in CELLS]
+        metadata={"kernelspec": kernel}, cells=[nbformat.v4.new_code_cell(cell) for cell in cells]
     )
-    nbformat.write(notebook, tmp_path / "look.ipynb")
-    with jupyter_lab(tmp_path) as (address, token), open_browser() as driver:
+    nbformat.write(notebook, folder / "look.ipynb")
+    with jupyter_lab(folder) as (address, token), open_browser() as driver:
         wait = WebDriverWait(driver, 60)
         driver.set_script_timeout(60)
         driver.get(f"{address}lab/tree/look.ipynb?token={token}&reset")
@@ -244,15 +327,35 @@ def test_all_three_in_jupyter_lab(tmp_path):
         wait.until(
             lambda _: driver.execute_script("return Boolean(jupyterapp.shell.currentWidget?.sessionContext)")
         )
+        driver.execute_script(COUNT_ADDRESSES)
         driver.execute_async_script(RUN_ALL)
-        hosts = (By.CSS_SELECTOR, "[data-lm-suppress-shortcuts]")
-        wait.until(lambda _: len(driver.find_elements(*hosts)) == 3)
-        desk, results, explorer = (host.shadow_root for host in driver.find_elements(*hosts))
 
-        def click(part, selector: str) -> None:
-            node = part.find_element(By.CSS_SELECTOR, selector)
-            driver.execute_script("arguments[0].scrollIntoView({ block: 'center' })", node)
-            node.click()
+        def views(count: int) -> list:
+            hosts = (By.CSS_SELECTOR, "[data-lm-suppress-shortcuts]")
+            wait.until(lambda _: len(driver.find_elements(*hosts)) == count)
+            return [host.shadow_root for host in driver.find_elements(*hosts)]
+
+        yield driver, wait, views
+
+
+def click(part, selector: str) -> None:
+    node = part.find_element(By.CSS_SELECTOR, selector)
+    node.parent.execute_script("arguments[0].scrollIntoView({ block: 'center' })", node)
+    node.click()
+
+
+in_jupyter_lab = pytest.mark.skipif(
+    find_spec("jupyterlab") is None, reason="needs JupyterLab: pip install -e '.[slow]'"
+)
+
+
+@pytest.mark.slow
+@pytest.mark.browser
+@in_jupyter_lab
+def test_all_three_in_jupyter_lab(tmp_path):
+    write_photos(tmp_path / "photos", {"blue": 6, "red": 6})
+    with open_notebook(tmp_path, CELLS) as (driver, wait, views):
+        desk, results, explorer = views(3)
 
         # Keys label photos, and are none of JupyterLab's: x would cut a cell.
         click(desk, ".photo button.picture")
@@ -276,3 +379,65 @@ def test_all_three_in_jupyter_lab(tmp_path):
         assert json.loads((tmp_path / "told.json").read_text()) == [[3, 7], {"blue": 2}]
 
         assert [line for line in driver.get_log("browser") if line["level"] == "SEVERE"] == []
+
+
+LATE_PICTURES = """
+from jaxcls.ui import review_page
+def encode_late(*arguments, encode=review_page.encode):
+    while not Path("go").exists():
+        time.sleep(0.01)
+    return encode(*arguments)
+review_page.encode = encode_late
+"""
+SCROLL = """
+const [grid, done] = arguments;
+const steps = Array.from({ length: 41 }, (_, step) => (grid.scrollHeight * step) / 40);
+const scroll = () => {
+  if (steps.length === 0) return done();
+  grid.scrollTop = steps.shift();
+  requestAnimationFrame(scroll);
+};
+scroll();
+"""
+ARE_ALL_SHOWN = "return [...arguments[0].querySelectorAll('img')].every((image) => image.naturalWidth > 0)"
+
+
+@pytest.mark.slow
+@pytest.mark.browser
+@in_jupyter_lab
+def test_views_share_a_widget_and_ask_for_what_is_in_sight(tmp_path):
+    write_photos(tmp_path / "photos", {"blue": 300, "red": 300})
+    cells = [f"import time; {CELLS[0]}{LATE_PICTURES}", *CELLS[1:], "desk", "explorer"]
+    with open_notebook(tmp_path, cells) as (driver, wait, views):
+        desk, results, explorer, other_desk, other_explorer = views(5)
+
+        # Pictures of photos that were scrolled past are never asked for, and no picture stays in memory.
+        for view in (desk, other_desk):
+            wait.until(lambda _, view=view: driver.execute_script(ARE_ALL_SHOWN, view))
+        num_before = driver.execute_script("return addresses.made")
+        grid = results.find_element(By.CSS_SELECTOR, ".grid")
+        driver.execute_async_script(SCROLL, grid)
+        (tmp_path / "go").touch()
+        wait.until(lambda _: driver.execute_script(ARE_ALL_SHOWN, grid))
+        wait.until(lambda _: driver.execute_script("return addresses.kept.size") == 0)
+        assert driver.execute_script("return addresses.made") < num_before + 150
+
+        # While a cell runs, labels change; another view of the widget hears of it.
+        running = "while not Path('stop').exists(): time.sleep(0.01)"
+        driver.execute_script(BEGIN, running)
+        click(desk, ".photo button.picture")
+        driver.switch_to.active_element.send_keys("2")
+        for view in (desk, other_desk):
+            pending = view.find_element(By.CSS_SELECTOR, "main > .muted")
+            wait.until(lambda _, pending=pending: pending.text.startswith("1 photo not yet moved"))
+        (tmp_path / "stop").touch()
+
+        # What was chosen in one view is kept by the choice in another.
+        click(explorer, ".explorer-controls button")
+        Select(other_explorer.find_element(By.CSS_SELECTOR, "select")).select_by_visible_text("red")
+        click(other_explorer, ".explorer-controls button")
+        for view in (explorer, other_explorer):
+            wait.until(lambda _, view=view: len(view.find_elements(By.CSS_SELECTOR, ".choices li")) == 2)
+        assert driver.execute_async_script(EXECUTE, "desk.close(); " + TELL) == "ok"
+        assert json.loads((tmp_path / "told.json").read_text()) == [[299, 301], {"blue": 2, "red": 2}]
+        views(3)

@@ -2,6 +2,7 @@
 
 import os
 import secrets
+import socket
 import subprocess
 import sys
 import tempfile
@@ -122,6 +123,12 @@ def service_home(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("home")
 
 
+def free_port() -> int:
+    """One of this machine's that nobody listens on."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        return free.getsockname()[1]
+
+
 CLUSTER = """
 import sys, ray
 def start():
@@ -142,7 +149,13 @@ ray.shutdown()
 @pytest.fixture(scope="session")
 def ray_cluster(service_home):
     """The address of a Ray cluster of four cores on this machine, which ends with this process."""
-    environment = {**os.environ, "JAXCLS_HOME": str(service_home)}
+    environment = {
+        **os.environ,
+        "JAXCLS_HOME": str(service_home),
+        # Else those of all clusters on a machine would be the same.
+        "RAY_SERVE_HAPROXY_METRICS_PORT": str(free_port()),
+        "RAY_SERVE_HAPROXY_STATS_PORT": str(free_port()),
+    }
     # In /tmp: sockets have names of at most 107 bytes.
     with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True) as folder:
         command = [sys.executable, "-c", CLUSTER, folder]

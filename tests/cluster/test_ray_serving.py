@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 from base64 import b64encode
@@ -14,6 +13,7 @@ import httpx2
 import numpy as np
 import psutil
 import pytest
+from conftest import free_port
 from PIL import Image
 from services import Served
 from test_app import (  # noqa: F401  # the contract: the same tests, of the services that this file's fixtures give
@@ -59,8 +59,7 @@ SECONDS = 60
 
 @pytest.fixture(scope="module")
 def port():
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        return free.getsockname()[1]
+    return free_port()
 
 
 # A replica, as an app builder's application.
@@ -272,8 +271,7 @@ def test_delete_answers_what_was_taken_in(ray_cluster, applications, classifiers
 
 
 def test_a_cluster_that_is_gone_is_told_of_and_the_others_are_listed(plates, capsys):
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        address = f"127.0.0.1:{free.getsockname()[1]}"
+    address = f"127.0.0.1:{free_port()}"
     gone = Entry(Storage.default().persistent / "deployments", "gone")
     gone.create()
     gone.write_spec(Spec(1, 1, 1, 600.0, {}, address))

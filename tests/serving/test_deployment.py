@@ -25,7 +25,7 @@ from jaxcls.cli import main
 from jaxcls.errors import ClassifierError, DeploymentError, MissingExtraError, UsageError
 from jaxcls.manifest import WEIGHTS, read_manifest, write_manifest
 from jaxcls.serving.client import Client, parse_result
-from jaxcls.serving.config import ServiceConfig
+from jaxcls.serving.config import RayOptions, ServiceConfig
 from jaxcls.serving.deployment import Deployment, delete_if_exists, list_deployments
 from jaxcls.storage import Storage, file_sha256
 
@@ -500,7 +500,13 @@ def test_an_extra_that_is_missing(name, classifiers, monkeypatch, capsys):
 def test_values_that_cannot_work(name, classifiers):
     with pytest.raises(UsageError, match="0 replicas"):
         Deployment(name, classifiers[0], replicas=0).deploy()
-    with pytest.raises(UsageError, match="choose from local"):
+    with pytest.raises(UsageError, match='"auto" are for the target ray'):
+        Deployment(name, classifiers[0], replicas="auto").deploy()
+    with pytest.raises(UsageError, match="are for the target ray"):
+        Deployment(name, classifiers[0], address="127.0.0.1:6379")
+    with pytest.raises(UsageError, match="3 to 2 replicas"):
+        RayOptions(min_replicas=3, max_replicas=2)
+    with pytest.raises(UsageError, match="choose from local, ray"):
         Deployment(name, target="moon")
 
 

@@ -12,6 +12,7 @@ from jaxcls.serving import local
 from jaxcls.serving.registry import (
     PROCESSES_LOCK,
     SUPERVISOR_LOCK,
+    Asked,
     Entry,
     ReplicaReport,
     Report,
@@ -39,6 +40,20 @@ def test_what_is_written_is_read(entry):
     assert entry.read_spec() == Spec(3, 4, 2, 600.0, {})
     assert entry.read_report() == Report(8080, 8081, 3, (ReplicaReport("3-1", 3, "ready", os.getpid(), 5),))
     assert [found.name for found in list_entries(entry.folder.parent)] == ["plates"]
+
+
+def test_what_is_not_asked_for_stays(entry):
+    (entry.folder / "deployment.json").write_text(  # as the first versions wrote it
+        json.dumps({"version": 3, "num_versions": 4, "num_replicas": 2, "timeout_seconds": 600, "config": {}})
+    )
+    previous, spec = entry.next_spec(Asked(timeout_seconds=1.0, config={"max_queue": 9}))
+    assert (previous.version, previous.target) == (3, "local")
+    assert spec == Spec(5, 5, 2, 1.0, {"max_queue": 9})
+    asked = Asked(timeout_seconds=1.0, num_replicas="auto", address="127.0.0.1:6379", ray={"gpus": 1})
+    new, spec = Entry(entry.folder.parent, "cups").next_spec(asked)
+    assert new is None
+    assert spec == Spec(1, 1, "auto", 1.0, {}, "127.0.0.1:6379", {"gpus": 1})
+    assert spec.target == "ray"
 
 
 def test_an_entry_without_processes_is_stopped_and_can_be_deleted(entry):

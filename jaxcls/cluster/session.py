@@ -2,13 +2,14 @@
 
 import logging
 import os
+import socket
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any
 
-from jaxcls.errors import DeploymentError, MissingExtraError
+from jaxcls.errors import DeploymentError, MissingExtraError, UsageError
 
 SETTINGS = {
     "RAY_AUTH_MODE": "token",  # whoever reaches a cluster can run code on it
@@ -16,6 +17,10 @@ SETTINGS = {
     "RAY_BACKEND_LOG_LEVEL": "fatal",  # else each pool of actors puts an error on the terminal that is none
 }
 """For Ray, unless the environment says otherwise."""
+
+OWN, RUNNING = "local", "auto"
+"""Ray's addresses of a cluster to be started, and of this machine's that runs."""
+CONNECT_SECONDS = 10
 
 
 def require_ray() -> None:
@@ -36,6 +41,7 @@ def connected(address: str | None = None) -> Iterator[None]:
     Raises:
         MissingExtraError: Ray is not installed.
         DeploymentError: there is no such cluster, or it refuses.
+        UsageError: an address of another form.
     """
     require_ray()
     for name, value in SETTINGS.items():
@@ -45,23 +51,39 @@ def connected(address: str | None = None) -> Iterator[None]:
     if address is None and ray.is_initialized():
         yield
         return
-    address = address or os.environ.get("RAY_ADDRESS", "local")
+    address = address or os.environ.get("RAY_ADDRESS", OWN)
+    if address not in (OWN, RUNNING):
+        _require_listener(address)
     try:
         with warnings.catch_warnings():
             # The processes that are forked become other programs at once.
             warnings.filterwarnings("ignore", "os.fork", RuntimeWarning)
             ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **_options(address))
     except Exception as error:  # of nearly every kind, `Exception` itself among them
-        reason = str(error).partition("\n")[0]
-        raise DeploymentError(
-            f"Ray at {address}: {reason} (`RAY_AUTH_MODE=token ray start --head` starts a cluster)"
-        ) from error
+        raise _no_cluster(address, str(error).partition("\n")[0]) from error
     try:
         yield
     finally:
         ray.shutdown()
 
 
+def _require_listener(address: str) -> None:
+    """Raise DeploymentError unless somebody listens there: Ray itself would try for minutes."""
+    host, _, port = address.rpartition("//")[2].rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS).close()
+    except ValueError as error:
+        raise UsageError(f"address {address}: give HOST:PORT, ray://HOST:PORT or {RUNNING}") from error
+    except OSError as error:
+        raise _no_cluster(address, str(error.strerror or error)) from error
+
+
+def _no_cluster(address: str, reason: str) -> DeploymentError:
+    return DeploymentError(
+        f"no Ray cluster at {address}: {reason}; `RAY_AUTH_MODE=token ray start --head` starts one"
+    )
+
+
 def _options(address: str) -> dict[str, Any]:
     """Of a new cluster: no dashboard; loopback, for which Ray does not take 127.0.0.1 but the network's."""
-    return {"include_dashboard": False, "_node_ip_address": "127.0.0.2"} if address == "local" else {}
+    return {"include_dashboard": False, "_node_ip_address": "127.0.0.2"} if address == OWN else {}

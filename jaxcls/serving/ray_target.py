@@ -8,7 +8,6 @@ to be started hours later.
 
 import logging
 import os
-import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,7 +23,7 @@ from ray.serve.context import _disconnect, _get_global_client
 from ray.serve.exceptions import RayServeException
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from jaxcls.cluster.session import connected
+from jaxcls.cluster.session import RUNNING, connected
 from jaxcls.errors import DeploymentError, UsageError
 from jaxcls.manifest import MANIFEST
 from jaxcls.serving.client import is_loopback
@@ -44,14 +43,12 @@ from jaxcls.serving.registry import (
 if TYPE_CHECKING:
     from jaxcls.classifier import Classifier
 
-ANY_CLUSTER = "auto"
 PORT = 8000
 """Serve's own choice."""
 SETTINGS = {"RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60"}
 """For Serve's controller, and the processes that it starts: a busy machine may take more than 5 s."""
 HAPROXY = {"RAY_SERVE_ENABLE_HA_PROXY": "1", "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "5"}
 """More of them; the second: replicas that are to end go on for so long, in which HAProxy learns of others."""
-CONNECT_SECONDS = 5.0
 CHECK_SECONDS = 60.0
 """In which every node must have looked at the classifier."""
 POLL_SECONDS = 0.2
@@ -83,7 +80,7 @@ def deploy(
     require_extra()
     with entry.changing():
         previous, spec = entry.next_spec(asked)
-        with _connected(spec.address or ANY_CLUSTER) as address:
+        with _connected(spec.address or RUNNING) as address:
             spec = replace(spec, address=address)
             if previous is None:
                 _require_unused(entry)
@@ -168,7 +165,6 @@ def _connected(address: str) -> Iterator[str]:
     if ray.is_initialized():
         yield _require_same(address)
         return
-    _require_listener(address)
     with connected(address):
         try:
             yield address if "://" in address else ray.get_runtime_context().gcs_address
@@ -176,26 +172,10 @@ def _connected(address: str) -> Iterator[str]:
             _disconnect()  # or Serve would look for its controller in the next cluster
 
 
-def _require_listener(address: str) -> None:
-    """Raise DeploymentError unless somebody listens: Ray itself would try for minutes."""
-    if address == ANY_CLUSTER:
-        return
-    host, _, port = address.rpartition("//")[2].rpartition(":")
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS).close()
-    except ValueError as error:
-        raise UsageError(f"address {address}: give HOST:PORT, ray://HOST:PORT or {ANY_CLUSTER}") from error
-    except OSError as error:
-        raise DeploymentError(
-            f"no Ray cluster at {address}: {error.strerror or error}; "
-            "`RAY_AUTH_MODE=token ray start --head` starts one"
-        ) from error
-
-
 def _require_same(address: str) -> str:
     """Raise UsageError if this process is connected to another cluster."""
     found: str = ray.get_runtime_context().gcs_address
-    if address not in (ANY_CLUSTER, found):
+    if address not in (RUNNING, found):
         raise UsageError(
             f"this process is connected to Ray at {found}, not {address}: `ray.shutdown()` first"
         )
@@ -399,4 +379,4 @@ def _problem(found: dict[str, Any]) -> str:
 
 
 def _address(entry: Entry) -> str:
-    return entry.read_spec().address or ANY_CLUSTER
+    return entry.read_spec().address or RUNNING

@@ -407,9 +407,17 @@ ARE_ALL_SHOWN = "return [...arguments[0].querySelectorAll('img')].every((image) 
 @in_jupyter_lab
 def test_views_share_a_widget_and_ask_for_what_is_in_sight(tmp_path):
     write_photos(tmp_path / "photos", {"blue": 300, "red": 300})
-    cells = [f"import time; {CELLS[0]}{LATE_PICTURES}", *CELLS[1:], "desk", "explorer"]
+    cells = [
+        f"import time; {CELLS[0]}{LATE_PICTURES}",
+        *CELLS[1:],
+        "desk",
+        "explorer.chosen = {'red': 1}; explorer",
+    ]
     with open_notebook(tmp_path, cells) as (driver, wait, views):
         desk, results, explorer, other_desk, other_explorer = views(5)
+
+        (choice,) = other_explorer.find_elements(By.CSS_SELECTOR, ".choices li")
+        assert choice.text.startswith("red ≥ 1 ")
 
         # Pictures of photos that were scrolled past are never asked for, and no picture stays in memory.
         for view in (desk, other_desk):
@@ -439,5 +447,5 @@ def test_views_share_a_widget_and_ask_for_what_is_in_sight(tmp_path):
         for view in (explorer, other_explorer):
             wait.until(lambda _, view=view: len(view.find_elements(By.CSS_SELECTOR, ".choices li")) == 2)
         assert driver.execute_async_script(EXECUTE, "desk.close(); " + TELL) == "ok"
-        assert json.loads((tmp_path / "told.json").read_text()) == [[299, 301], {"blue": 2, "red": 2}]
+        assert json.loads((tmp_path / "told.json").read_text()) == [[299, 301], {"red": 1, "blue": 2}]
         views(3)

@@ -42,7 +42,7 @@ class BatchConfig:
     address: str | None = None
     """Of a Ray cluster: host:port, or auto: this machine's; default: RAY_ADDRESS, else one for this job."""
     shard_size: int = 512
-    """Photos of a part: at 224 px 77 MB once decoded, of which a few are in memory for each device."""
+    """Photos of a part, best a multiple of 64; decoded, at 224 px, 77 MB, a few times for each device."""
     num_actors: int | None = None
     """Processes that score; default: one for each GPU or, where there are none, for each core."""
 

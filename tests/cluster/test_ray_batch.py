@@ -1,5 +1,6 @@
 """Large sets on a real local Ray, photos in files and in moto's S3; workers and drivers are killed."""
 
+import json
 import os
 import socket
 import subprocess
@@ -364,6 +365,22 @@ def test_the_command_line(cluster, start, photos, tmp_path):
     assert "1 images could not be read: the column `error` says why" in said
     assert "Traceback" not in said
     assert len(read_rows(tmp_path / "out")[0]) == 71
+
+
+@pytest.mark.slow
+@pytest.mark.cluster
+def test_the_benchmark_runs(cluster, service_home, tmp_path):
+    """It holds the rows on Ray against those of one process."""
+    options = ["--tiny", "--rounds", "1", "--out", str(tmp_path)]
+    subprocess.run(
+        [sys.executable, "-m", "benchmarks.ray_batch", *options],
+        cwd=Path(__file__).parents[2],
+        env={**os.environ, "RAY_ADDRESS": cluster, "JAXCLS_HOME": str(service_home)},
+        check=True,
+    )
+    rows = json.loads((tmp_path / "ray_batch_cpu.json").read_text())["rows"]
+    assert [row["subject"] for row in rows] == ["one-process", "ray-1", "ray-2"]
+    assert all(row["images_per_second"]["median"] > 0 for row in rows)
 
 
 def test_a_cluster_that_is_not_there_is_soon_an_error(classifier, photos, tmp_path):

@@ -24,7 +24,7 @@ from jaxcls.classifier import create_model
 from jaxcls.parallel import use_compilation_cache
 from jaxcls.storage import Storage
 
-SECONDS, REST_SECONDS, TINY_SECONDS = 5, 3, 4
+SECONDS, REST_SECONDS, TINY_SECONDS, TINY_REST_SECONDS = 5, 3, 3, 1
 TENSORS, PHOTOS = "tensors", "photos"
 
 
@@ -59,12 +59,13 @@ def run(session: Session) -> None:
             found: dict[tuple[str, str], list[tuple[Load, Load]]] = {
                 (subject, work.name): [] for subject, work in product(urls, works)
             }
+            is_tiny = session.settings.tiny
+            seconds = TINY_SECONDS if is_tiny else SECONDS
+            rest_seconds = TINY_REST_SECONDS if is_tiny else REST_SECONDS
             for _, work, subject in product(range(session.settings.rounds), works, urls):
                 ask = partial(_ask, urls[subject][work.name], work, scratch)
-                seconds = (TINY_SECONDS, TINY_SECONDS) if session.settings.tiny else (SECONDS, REST_SECONDS)
-                found[subject, work.name].append(
-                    (ask(connections=CONNECTIONS, seconds=seconds[0]), ask(connections=1, seconds=seconds[1]))
-                )
+                busy = ask(connections=CONNECTIONS, seconds=seconds)
+                found[subject, work.name].append((busy, ask(connections=1, seconds=rest_seconds)))
         for (subject, name), loads in found.items():
             rates = [busy.good_per_second for busy, _ in loads]
             values = {

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Protocol, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from jaxcls.cluster.session import require_ray
 from jaxcls.errors import UsageError
 from jaxcls.serving import local
 from jaxcls.serving.client import Client
@@ -201,13 +202,15 @@ def _module_of(entry: Entry, wanted: Target | None = None) -> _TargetModule:
     """What a deployment's target is run by: the one it has, or is to have.
 
     Raises:
+        MissingExtraError: it is "ray", which is not installed.
         UsageError: it has another one than it is to have.
     """
     found = entry.read_target() or wanted or "local"
     if wanted not in (None, found):
         raise UsageError(f"{entry.name} has the target {found}: to have another one, delete it first")
     if found == "ray":
-        from jaxcls.serving import ray_target  # loads Ray
+        require_ray()
+        from jaxcls.serving import ray_target
 
         return ray_target
     return local

@@ -64,7 +64,7 @@ def make_application(args: Mapping[str, Any], **options: Any) -> Application:
         health_check_period_s=HEALTH_SECONDS,
         logging_config={"enable_access_log": False},
         max_constructor_retry_count=NUM_STARTS,
-        # All new replicas first, then none of the old ones: as locally.
+        # New replicas start beside the old ones, of which none ends before another one takes its place.
         max_surge_percent=100,
         rolling_update_percentage=1.0,
     )(serve.ingress()(_Replica))

@@ -168,6 +168,8 @@ def _connected(address: str) -> Iterator[str]:
     with connected(address):
         try:
             yield address if "://" in address else ray.get_runtime_context().gcs_address
+        except ray.exceptions.RayError as error:  # one that is ours has been raised as such
+            raise DeploymentError(f"Ray at {address}: {_last_line(error)}") from error
         finally:
             _disconnect()  # or Serve would look for its controller in the next cluster
 
@@ -204,10 +206,8 @@ def _check_nodes(entry: Entry, spec: Spec) -> None:
         try:
             has_files, is_guarded = ray.get(looked, timeout=CHECK_SECONDS)
         except ray.exceptions.RayError as error:
-            reason = str(error).strip().rpartition("\n")[2]
-            raise DeploymentError(
-                f"node {host}: {reason}; it needs jaxcls[serve,cluster], as here"
-            ) from error
+            problem = f"node {host}: {_last_line(error)}; it needs jaxcls[serve,cluster], as here"
+            raise DeploymentError(problem) from error
         if not has_files:
             raise DeploymentError(f"node {host} cannot read {entry.folder}: all nodes must share JAXCLS_HOME")
         if not is_guarded and not is_loopback(host):
@@ -249,10 +249,8 @@ def start_serve(host: str, port: int) -> None:
         )
     except (ray.exceptions.RayError, OSError) as error:
         serve.shutdown()
-        reason = str(error).strip().rpartition("\n")[2]
-        raise DeploymentError(
-            f"Serve does not start on {host} port {port}: {reason}; give another --port"
-        ) from error
+        problem = f"Serve does not start on {host} port {port}: {_last_line(error)}; give another --port"
+        raise DeploymentError(problem) from error
 
 
 def _run(entry: Entry, spec: Spec) -> None:
@@ -375,7 +373,12 @@ def _state(
 def _problem(found: dict[str, Any]) -> str:
     """The last line of what Serve says is wrong; "" if nothing is."""
     messages = [found["deployments"].get(NAME, {}).get("message", ""), found.get("message", "")]
-    return next((text.strip().rpartition("\n")[2] for text in messages if text.strip()), "")
+    return next((_last_line(text) for text in messages if text.strip()), "")
+
+
+def _last_line(text: object) -> str:
+    """Where Ray puts what is wrong."""
+    return str(text).strip().rpartition("\n")[2]
 
 
 def _address(entry: Entry) -> str:

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from importlib.util import find_spec
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -177,6 +178,18 @@ def test_a_row_that_needs_more_than_is_there_says_so(tmp_path, bare):
 
 def test_there_are_at_most_eight_result_files_of_a_gpu():
     assert len(STAGES) <= 8
+
+
+@pytest.mark.slow
+@pytest.mark.cluster
+@pytest.mark.skipif(shutil.which("wrk") is None, reason="the load comes from wrk")
+@pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed")
+def test_ray_serving(tmp_path):
+    run("-m", "benchmarks.ray_serving", "--tiny", "--out", tmp_path)
+    rows = {(work, subject): row for (_, work, subject), row in read(tmp_path).items()}
+    ways = ("local", "ray-haproxy", "ray-direct", "ray-proxy")
+    assert set(rows) == set(product(("tensors", "photos"), ways))
+    assert all(row["images_per_second"]["min"] > 0 < row["at_rest_p50_ms"]["min"] for row in rows.values())
 
 
 @pytest.mark.slow

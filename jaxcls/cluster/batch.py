@@ -101,6 +101,7 @@ def predict(
         UsageError: `out` holds something else, or rows of another network, list or setting; a bad argument.
         DatasetError: a source holds no photos, or cannot be read.
         DeploymentError: the cluster cannot be reached.
+        JaxclsError: a part cannot be written, or the network's scores are not finite.
     """
     head = classifier.head
     table = ScoreTable(head.kind, classifier.classes, head.thresholds)

@@ -168,7 +168,7 @@ def compute(
             yield row["shard"]
     except ray.exceptions.RayTaskError as error:
         if isinstance(error.cause, JaxclsError | OSError):
-            raise error.cause from None
+            raise JaxclsError(str(error.cause).partition("\n")[0]) from error  # Ray Data adds lines
         raise
 
 
@@ -184,9 +184,12 @@ def _on_host(network: Any) -> Any:
 
 
 def _quieten() -> None:
-    """Leave the terminal to our own progress bar; warnings pass."""
+    """Leave the terminal to our own progress bar and error; Ray Data's warnings pass."""
     import ray.data
 
-    ray.data.DataContext.get_current().enable_progress_bars = False
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.raise_original_map_exception = True
     logging.getLogger("ray.data").setLevel(logging.WARNING)
-    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # that it shows no bars
+    for name in ("_internal.progress", "_internal.execution.streaming_executor_state", "exceptions"):
+        logging.getLogger(f"ray.data.{name}").setLevel(logging.CRITICAL)

@@ -18,7 +18,14 @@ from conftest import draw, write_photos
 import jaxcls
 from jaxcls.classifier import create_model
 from jaxcls.cluster.files import find_photos, read_photo, to_text
-from jaxcls.errors import DatasetError, DeploymentError, ImageError, MissingExtraError, UsageError
+from jaxcls.errors import (
+    DatasetError,
+    DeploymentError,
+    ImageError,
+    JaxclsError,
+    MissingExtraError,
+    UsageError,
+)
 
 pytest.importorskip("ray", reason="a cluster is Ray's: pip install 'jaxcls[cluster]'")
 moto_server = pytest.importorskip(
@@ -365,6 +372,16 @@ def test_the_command_line(cluster, start, photos, tmp_path):
     assert "1 images could not be read: the column `error` says why" in said
     assert "Traceback" not in said
     assert len(read_rows(tmp_path / "out")[0]) == 71
+
+
+@pytest.mark.slow
+@pytest.mark.cluster
+def test_a_damaged_network_is_one_clear_error(cluster, classifier, photos, tmp_path):
+    bias = np.asarray([0, 0, np.nan], np.float32)
+    damaged = replace(classifier, head=replace(classifier.head, bias=bias))
+    with pytest.raises(JaxclsError, match=r"are not finite .*: the weights have diverged or are damaged$"):
+        batch.predict(damaged, [photos / "red"], tmp_path / "out")
+    assert not parts(tmp_path / "out")
 
 
 @pytest.mark.slow

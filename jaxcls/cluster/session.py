@@ -2,11 +2,13 @@
 
 import logging
 import os
+import secrets
 import socket
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from jaxcls.errors import DeploymentError, MissingExtraError, UsageError
@@ -27,6 +29,10 @@ def require_ray() -> None:
     """Raise MissingExtraError unless Ray is installed."""
     if find_spec("ray") is None:
         raise MissingExtraError("ray", "a cluster", "pip install 'jaxcls[cluster]'")
+
+
+TOKEN = ".ray/auth_token"
+"""Where Ray looks for it, in the user's home, and writes it if it is not there."""
 
 
 @contextmanager
@@ -52,7 +58,9 @@ def connected(address: str | None = None) -> Iterator[None]:
         yield
         return
     address = address or os.environ.get("RAY_ADDRESS", OWN)
-    if address not in (OWN, RUNNING):
+    if address == OWN:
+        _keep_token(Path.home() / TOKEN)
+    elif address != RUNNING:
         _require_listener(address)
     try:
         with warnings.catch_warnings():
@@ -65,6 +73,18 @@ def connected(address: str | None = None) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _keep_token(path: Path) -> None:
+    """Have Ray's token there for its owner alone: Ray itself would write it for all users to read."""
+    path.parent.mkdir(exist_ok=True)
+    with suppress(FileExistsError), path.open("x", opener=_open_privately) as file:
+        file.write(secrets.token_hex(32))
+    path.chmod(0o600)
+
+
+def _open_privately(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
 
 
 def _require_listener(address: str) -> None:

@@ -23,16 +23,14 @@ SETTINGS = {
 OWN, RUNNING = "local", "auto"
 """Ray's addresses of a cluster to be started, and of this machine's that runs."""
 CONNECT_SECONDS = 10
+TOKEN = ".ray/auth_token"
+"""Where Ray looks for it, in the user's home, and writes it if it is not there."""
 
 
 def require_ray() -> None:
     """Raise MissingExtraError unless Ray is installed."""
     if find_spec("ray") is None:
         raise MissingExtraError("ray", "a cluster", "pip install 'jaxcls[cluster]'")
-
-
-TOKEN = ".ray/auth_token"
-"""Where Ray looks for it, in the user's home, and writes it if it is not there."""
 
 
 @contextmanager
@@ -78,13 +76,10 @@ def connected(address: str | None = None) -> Iterator[None]:
 def _keep_token(path: Path) -> None:
     """Have Ray's token there for its owner alone: Ray itself would write it for all users to read."""
     path.parent.mkdir(exist_ok=True)
-    with suppress(FileExistsError), path.open("x", opener=_open_privately) as file:
-        file.write(secrets.token_hex(32))
+    with suppress(FileExistsError):
+        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+            file.write(secrets.token_hex(32))
     path.chmod(0o600)
-
-
-def _open_privately(path: str, flags: int) -> int:
-    return os.open(path, flags, 0o600)
 
 
 def _require_listener(address: str) -> None:

@@ -77,8 +77,8 @@ def _keep_token(path: Path) -> None:
     """Have Ray's token there for its owner alone: Ray itself would write it for all users to read."""
     path.parent.mkdir(exist_ok=True)
     with suppress(FileExistsError):
-        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-            file.write(secrets.token_hex(32))
+        path.touch(mode=0o600, exist_ok=False)
+        path.write_text(secrets.token_hex(32))
     path.chmod(0o600)
 
 

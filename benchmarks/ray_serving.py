@@ -24,7 +24,7 @@ from jaxcls.classifier import create_model
 from jaxcls.parallel import use_compilation_cache
 from jaxcls.storage import Storage
 
-SECONDS, REST_SECONDS, TINY_SECONDS, TINY_REST_SECONDS = 5, 3, 3, 1
+SECONDS, REST_SECONDS, TINY_SECONDS, TINY_REST_SECONDS = 5, 2, 3, 1
 TENSORS, PHOTOS = "tensors", "photos"
 
 

@@ -40,7 +40,8 @@ class BatchConfig:
     """How a cluster divides the work."""
 
     address: str | None = None
-    """Of a Ray cluster: host:port, or auto: this machine's; default: RAY_ADDRESS, else one for this job."""
+    """Of a Ray cluster: host:port, or auto: RAY_ADDRESS, else this machine's; default: RAY_ADDRESS, else one
+    for this job."""
     shard_size: int = 512
     """Photos of a part, best a multiple of 64; decoded, at 224 px, 77 MB, a few times for each device."""
     num_actors: int | None = None

@@ -23,8 +23,10 @@ SETTINGS = {
 OWN, RUNNING = "local", "auto"
 """Ray's addresses of a cluster to be started, and of this machine's that runs."""
 CONNECT_SECONDS = 10
+GIVEN_TOKENS = {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"}
+"""Variables that say what the token is, or where."""
 TOKEN = ".ray/auth_token"
-"""Where Ray looks for it, in the user's home, and writes it if it is not there."""
+"""Where Ray looks for it otherwise, in the user's home, and writes it if it is not there."""
 
 
 def require_ray() -> None:
@@ -38,9 +40,10 @@ def connected(address: str | None = None) -> Iterator[None]:
     """Be connected to Ray while the block runs.
 
     Args:
-        address: of a running cluster ("host:port", or "auto" for that of this machine). None: the one that
-            this process is connected to already, or that the environment names (`RAY_ADDRESS`); else a new
-            one, of this machine's cores and GPUs, which ends with the block or, at the latest, the process.
+        address: of a running cluster: "host:port", or "auto": the one that the environment names
+            (`RAY_ADDRESS`), else this machine's. None: the one that this process is connected to already, or
+            that the environment names; else a new one, of this machine's cores and GPUs, which ends with the
+            block or, at the latest, the process.
 
     Raises:
         MissingExtraError: Ray is not installed.
@@ -55,11 +58,12 @@ def connected(address: str | None = None) -> Iterator[None]:
     if address is None and ray.is_initialized():
         yield
         return
-    address = address or os.environ.get("RAY_ADDRESS", OWN)
-    if address == OWN:
-        _keep_token(Path.home() / TOKEN)
-    elif address != RUNNING:
+    if address is None or address == RUNNING:
+        address = os.environ.get("RAY_ADDRESS") or address or OWN
+    if address not in (OWN, RUNNING):
         _require_listener(address)
+    if address == OWN and not os.environ.keys() & GIVEN_TOKENS:
+        _keep_token(Path.home() / TOKEN)
     try:
         with warnings.catch_warnings():
             # The processes that are forked become other programs at once.

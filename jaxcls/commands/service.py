@@ -125,7 +125,7 @@ class Deploy(Command):
     target: Target | None = None
     """local: on this machine; ray: in a Ray cluster that runs already. Default: where it is, or local."""
     address: str | None = None
-    """Of the cluster, HOST:PORT or ray://HOST:PORT; default: this machine's."""
+    """Of the cluster, HOST:PORT or ray://HOST:PORT; default: where it is; RAY_ADDRESS; or this machine's."""
     port: int | None = None
     """On 127.0.0.1; default: the one that the deployment has, or a free one. With --target ray, Serve's,
     if it does not run yet; default: 8000."""

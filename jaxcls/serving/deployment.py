@@ -31,8 +31,8 @@ class Deployment:
         target: where they run; "local": on this machine, reached from this machine only; "ray": in a Ray
             cluster that runs already, and shares the folder JAXCLS_HOME. None: where they are, or "local".
         config: of each replica; None: as it is, or the default one.
-        address: of the cluster: "HOST:PORT", "ray://HOST:PORT", or "auto" for this machine's. None: where it
-            is, or "auto".
+        address: of the cluster: "HOST:PORT", "ray://HOST:PORT", or "auto": that of RAY_ADDRESS, else this
+            machine's. None: where it is, or "auto".
         ray: what replicas get there; None: as it is, or the default.
 
     Raises:

@@ -46,7 +46,7 @@ def application(args: Mapping[str, Any]) -> Application:
 
 
 def make_application(args: Mapping[str, Any], **options: Any) -> Application:
-    """The same.
+    """As `application`, with what Serve's config file would say of its deployment.
 
     Args:
         args: as for `application`.

@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -13,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
-from conftest import draw, write_photos
+from conftest import draw, free_port, write_photos
 
 import jaxcls
 from jaxcls.classifier import create_model
@@ -400,11 +399,14 @@ def test_the_benchmark_runs(cluster, service_home, tmp_path):
     assert all(row["images_per_second"]["median"] > 0 for row in rows)
 
 
-def test_a_cluster_that_is_not_there_is_soon_an_error(classifier, photos, tmp_path):
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+def test_a_cluster_that_is_not_there_is_soon_an_error(classifier, photos, tmp_path, monkeypatch):
+    nowhere = f"127.0.0.1:{free_port()}"
+    refused = f"no Ray cluster at {nowhere}: Connection refused; "
+    monkeypatch.setenv("RAY_ADDRESS", nowhere)
     for address, error, message in (
-        (f"127.0.0.1:{port}", DeploymentError, f"no Ray cluster at 127.0.0.1:{port}: Connection refused; "),
+        (nowhere, DeploymentError, refused),
+        ("auto", DeploymentError, refused),
+        (None, DeploymentError, refused),
         ("somewhere", UsageError, "give HOST:PORT, ray://HOST:PORT or auto"),
     ):
         with pytest.raises(error, match=message):

@@ -1,7 +1,6 @@
 """What starts `jaxcls train` on many machines says what it understands, and what JAX reads."""
 
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +8,7 @@ from pathlib import Path
 import pytest
 import tyro
 import yaml
-from conftest import write_photos
+from conftest import free_port, write_photos
 
 from jaxcls.classifier import create_model
 from jaxcls.commands.training import Train
@@ -134,9 +133,7 @@ def test_what_the_pods_run_trains_as_one(tmp_path):
     """Their command in their environment, but on this machine and for one epoch."""
     write_photos(tmp_path / "photos", {"blue": 8, "red": 9})
     create_model("resnet18", 2, image_size=32).save(tmp_path / "start")
-    with socket.socket() as listener:
-        listener.bind(("localhost", 0))
-        address = f"localhost:{listener.getsockname()[1]}"
+    address = f"localhost:{free_port()}"
     given = {"JAX_COORDINATOR_ADDRESS": address, "KUBERNETES_SERVICE_HOST": "10.0.0.1", "XLA_FLAGS": ""}
     values = {
         name: each.get("value", "").replace("/data", str(tmp_path)) for name, each in environment().items()

@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -10,7 +9,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import write_photos
+from conftest import free_port, write_photos
 from run_folders import assert_same, newest, read_arrays
 
 from jaxcls.classifier import create_model, load
@@ -66,10 +65,8 @@ def finish(run_dir, *processes):
 @pytest.fixture(scope="module")
 def undisturbed(world, train):
     """The folder of a run of two processes that were started by hand."""
-    with socket.socket() as listener:
-        listener.bind(("localhost", 0))
-        address = f"localhost:{listener.getsockname()[1]}"
     run_dir = world / "undisturbed"
+    address = f"localhost:{free_port()}"
     two = [
         train(
             ["jaxcls.cli", "train"], run_dir, "--distributed",

@@ -24,6 +24,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import free_port
 from PIL import Image
 
 from jaxcls.cli import main
@@ -175,12 +176,6 @@ def serving(*script: Behaviour, default: Behaviour = scores, port: int = 0) -> I
     finally:
         loop.call_soon_threadsafe(loop.stop)
         thread.join()
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @contextmanager

@@ -4,7 +4,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -15,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import trainer
-from conftest import write_photos
+from conftest import free_port, write_photos
 
 from jaxcls.classifier import create_model, load
 from jaxcls.data.folder import read_folder
@@ -38,12 +37,6 @@ CONFIG = FinetuneConfig(
 )
 LONG = replace(CONFIG, num_epochs=30, log_every=2)
 SECONDS = 100
-
-
-def free_port():
-    with socket.socket() as listener:
-        listener.bind(("localhost", 0))
-        return listener.getsockname()[1]
 
 
 def by_jax(index):

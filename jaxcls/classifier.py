@@ -154,8 +154,8 @@ class Classifier:
         """This classifier with other thresholds: it abstains where its best class scores below its own.
 
         Args:
-            thresholds: class -> lowest score at which it is answered, in the units of the scores. Classes that
-                it does not name are always answered; {}: all of them.
+            thresholds: class -> lowest score at which it is answered, in the units of the scores. Classes
+                that it does not name are always answered; {}: all of them.
 
         Raises:
             UsageError: a class that the classifier does not have, or a threshold that is NaN.

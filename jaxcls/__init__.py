@@ -13,6 +13,7 @@ with epy.lazy_api_imports(globals()):
     from jaxcls import (
         augment,
         classifier,
+        cluster,
         data,
         errors,
         evaluation,

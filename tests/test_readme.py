@@ -1,6 +1,7 @@
 """The README is a promise: its example runs, its commands and files exist."""
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -104,12 +105,26 @@ def test_the_inventory_example_runs(tmp_path, monkeypatch, capsys):
 def test_files_and_commands_exist():
     for path in re.findall(r"`((?:experiments|tests|\.ci)/[\w./]+)`", README):
         assert (ROOT / path).exists(), path
-    blocks = [block for block in README.split("```")[1::2] if block.startswith("\n")]
-    subcommands = set(re.findall(r"(?<![\w.])jaxcls (\w+)", "".join(blocks)))
     known = {command.__name__.lower() for command in cli.COMMANDS}
-    assert subcommands <= known
     for command in re.findall(r"`jaxcls (\w+)`", README):
         assert command in known
+
+
+def commands():
+    """The words of each `jaxcls ...` in a block or a table."""
+    blocks = [block.replace("\\\n", " ") for block in README.split("```")[1::2] if block.startswith("\n")]
+    lines = "".join(blocks).splitlines()
+    lines += [code for row in README.splitlines() if row[:1] == "|" for code in re.findall("`([^`]+)`", row)]
+    found = (part.strip() for line in lines for part in re.split(r" (?:\||&&) ", line))
+    settings = re.compile(r"([A-Z_]+=\S+ )*\s*(?=jaxcls )")
+    return [shlex.split(settings.sub("", part, 1)) for part in found if settings.match(part)]
+
+
+def test_commands_are_understood():
+    assert len(commands()) > 40
+    kinds = {kind.__name__.lower(): kind for kind in cli.COMMANDS}
+    for _, name, *arguments in commands():
+        tyro.cli(kinds[name], args=arguments)
 
 
 def test_commands_that_quickstart_prints_are_understood():

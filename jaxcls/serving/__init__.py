@@ -15,6 +15,7 @@ with epy.lazy_api_imports(globals()):
         keeper,
         load_test,
         local,
+        manifests,
         metrics,
         openapi,
         ray,

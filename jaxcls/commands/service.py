@@ -31,6 +31,7 @@ from jaxcls.serving.registry import Replicas, Target
 from jaxcls.storage import Storage
 
 KEY_VARIABLE = "JAXCLS_SERVICE_KEY"
+IMAGE = "jaxcls"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,14 +136,16 @@ class Deploy(Command):
     ray: OmitArgPrefixes[RayOptions] = field(default_factory=RayOptions)
     manifest: Literal["kubernetes", "kuberay"] | None = None
     """Deploy nothing, but write what `kubectl apply` takes. CLASSIFIER: its path in the image, or /model."""
-    image: str = "jaxcls"
-    """With --manifest: of `jaxcls docker`; for kuberay, with --ray."""
+    image: str | None = None
+    """With --manifest: of `jaxcls docker`, for kuberay with --ray; default: jaxcls."""
     out: Path | None = None
     """With --manifest: a file for it; default: the terminal."""
 
     def run(self) -> int:
         if self.manifest is not None:
             return self._write_manifest(self.manifest)
+        if self.image or self.out:
+            raise UsageError("--image and --out go with --manifest")
         from jaxcls.serving.deployment import Deployment
 
         deployment = Deployment(
@@ -163,11 +166,12 @@ class Deploy(Command):
         if self.target or self.address or self.port:
             raise UsageError("--manifest goes with none of --target, --address and --port")
         limits = self.ray.min_replicas, self.ray.max_replicas
+        replicas = 1 if self.replicas is None else self.replicas
         service = Service(
             name=self.name,
-            image=self.image,
+            image=self.image or IMAGE,
             model=str(self.model or MODEL),
-            replicas=limits if self.replicas == "auto" else self.replicas or 1,
+            replicas=limits if replicas == "auto" else replicas,
             gpus=self.ray.gpus,
             config=self.config,
         )
@@ -278,7 +282,7 @@ class Docker(Command):
     """A saved classifier."""
     out: Path | None = None
     """A new folder for the build context."""
-    tag: str = "jaxcls"
+    tag: str = IMAGE
     """The image's name."""
     cuda: bool = False
     """For NVIDIA GPUs."""

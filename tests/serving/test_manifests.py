@@ -226,10 +226,18 @@ def test_the_command_line(tmp_path, capsys):
     assert "&id" not in printed  # a reference, which nobody wants to edit
 
 
-@pytest.mark.parametrize("options", [["--port", "80"], ["photos.jaxcls"], ["--gpus", "0.5"]])
+@pytest.mark.parametrize(
+    "options", [["--port", "80"], ["photos.jaxcls"], ["--gpus", "0.5"], ["--replicas", "0"]]
+)
 def test_what_the_command_line_refuses_leaves_the_file_alone(options, tmp_path):
     file = tmp_path / "all.yaml"
     file.write_text("mine")
     arguments = ["deploy", "tableware", "--manifest", "kubernetes", "--out", str(file)]
     assert main([*arguments, *options]) == 2
     assert file.read_text() == "mine"
+
+
+@pytest.mark.parametrize("options", [["--image", "tableware"], ["--out", "all.yaml"]])
+def test_what_is_of_a_manifest_needs_one(options, capsys):
+    assert main(["deploy", "tableware", "photos.jaxcls", *options]) == 2
+    assert "--image and --out go with --manifest" in capsys.readouterr().err

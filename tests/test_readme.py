@@ -110,6 +110,14 @@ def test_files_and_commands_exist():
         assert command in known
 
 
+def test_modules_exist():
+    rows = re.findall(r"^\| `(\w+)/`(.*)", README, re.MULTILINE)
+    assert len(rows) > 7
+    for folder, text in rows:
+        for name in re.findall(r"`(\w+\.py)`", text):
+            assert (ROOT / "jaxcls" / folder / name).exists(), f"{folder}/{name}"
+
+
 def commands():
     """The words of each `jaxcls ...` in a block or a table."""
     blocks = [block.replace("\\\n", " ") for block in README.split("```")[1::2] if block.startswith("\n")]

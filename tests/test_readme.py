@@ -111,7 +111,7 @@ def test_files_and_commands_exist():
 
 
 def test_modules_exist():
-    rows = re.findall(r"^\| `(\w+)/`(.*)", README, re.MULTILINE)
+    rows = re.findall(r"^\| `(\w+)/` \|(.*)", README, re.MULTILINE)
     assert len(rows) > 7
     for folder, text in rows:
         for name in re.findall(r"`(\w+\.py)`", text):

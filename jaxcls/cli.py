@@ -59,7 +59,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (JaxclsError, OSError) as error:
         if "--debug" in arguments:
             raise
-        message = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else error
+        message = str(error)
+        if isinstance(error, OSError) and error.filename:  # those of object stores have none
+            message = f"{error.filename}: {error.strerror}"
         print(f"jaxcls: {message}", file=sys.stderr)
         return WRONG_USAGE if isinstance(error, UsageError) else FAILED
     except KeyboardInterrupt:

@@ -103,6 +103,7 @@ def predict(
         DatasetError: a source holds no photos, or cannot be read.
         DeploymentError: the cluster cannot be reached.
         JaxclsError: a part cannot be written, or the network's scores are not finite.
+        OSError: what lies in `out` cannot be read, or the job's own files cannot be written there.
     """
     head = classifier.head
     table = ScoreTable(head.kind, classifier.classes, head.thresholds)
@@ -131,7 +132,7 @@ def extract_features(
         sources, out, config, precision, max_pixels, progress: as for `predict`.
 
     Raises:
-        MissingExtraError, UsageError, DatasetError, DeploymentError: as `predict`.
+        MissingExtraError, UsageError, DatasetError, DeploymentError, JaxclsError, OSError: as `predict`.
     """
     from jaxcls.classifier import as_backbone
 

@@ -16,6 +16,7 @@ from conftest import draw, free_port, write_photos
 
 import jaxcls
 from jaxcls.classifier import create_model
+from jaxcls.cli import main
 from jaxcls.cluster.files import find_photos, read_photo, to_text
 from jaxcls.errors import (
     DatasetError,
@@ -311,6 +312,20 @@ def test_an_object_that_is_not_there_and_a_store_that_refuses(store):
         find_photos([f"s3://{BUCKET}/nothing"])
     with pytest.raises(ImageError, match=r"no-such-bucket-at-all/a\.png: cannot be read"):
         read_photo("s3://no-such-bucket-at-all/a.png")
+
+
+def test_a_store_that_refuses_the_results_is_one_line(
+    store, classifier, photos, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setenv("JAXCLS_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr("jaxcls.parallel.use_compilation_cache", lambda folder: None)
+    model = classifier.save(tmp_path / "model.jaxcls")
+    out = "s3://no-such-bucket-at-all/scores"
+    assert main(["predict", str(model), str(photos), "--target", "ray", "--out", out]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("jaxcls: ")
+    assert "in bucket 'no-such-bucket-at-all'" in said
+    assert said.count("\n") == 1
 
 
 @pytest.mark.slow

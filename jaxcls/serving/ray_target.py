@@ -10,7 +10,7 @@ import logging
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -75,13 +75,18 @@ def deploy(
         ClassifierError: the saved classifier is missing or damaged.
         DeploymentError: the cluster cannot be reached, or a node cannot read the classifier; it does not
             become ready, and what there was before stays; or another process deploys or deletes under it.
-        UsageError: a value that cannot work.
+        UsageError: a value that cannot work, or another cluster than the one it is in.
     """
     require_extra()
     with entry.changing():
         previous, spec = entry.next_spec(asked)
         with _connected(spec.address or RUNNING) as address:
             spec = replace(spec, address=address)
+            if previous is not None and previous.address != address:
+                raise UsageError(
+                    f"{entry.name} is in the cluster at {previous.address}: to have it at {address}, "
+                    "delete it first"
+                )
             if previous is None:
                 _require_unused(entry)
                 entry.remove()  # what a deletion that was interrupted left
@@ -107,9 +112,14 @@ def delete(entry: Entry) -> None:
         DeploymentError: there is no such deployment; its cluster cannot be reached; or another process
             deploys or deletes under this name.
     """
-    with entry.changing():
-        with _connected(_address(entry)):
-            _delete_application(entry)
+    with entry.changing(), ExitStack() as stack:
+        try:
+            stack.enter_context(_connected(_address(entry)))
+        except DeploymentError as error:
+            raise DeploymentError(
+                f"{error}; where that cluster is gone for good, remove {entry.folder}"
+            ) from error
+        _delete_application(entry)
         entry.remove()
 
 

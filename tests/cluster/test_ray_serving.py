@@ -270,7 +270,7 @@ def test_delete_answers_what_was_taken_in(ray_cluster, applications, classifiers
 # Mistakes.
 
 
-def test_a_cluster_that_is_gone_is_told_of_and_the_others_are_listed(plates, capsys):
+def test_a_cluster_that_is_gone_is_told_of_and_the_others_are_listed(plates, ray_cluster):
     address = f"127.0.0.1:{free_port()}"
     gone = Entry(Storage.default().persistent / "deployments", "gone")
     gone.create()
@@ -283,6 +283,10 @@ def test_a_cluster_that_is_gone_is_told_of_and_the_others_are_listed(plates, cap
         for act in (Deployment("gone").deploy, Deployment("gone").delete):
             with pytest.raises(DeploymentError, match=message):
                 act()
+        with pytest.raises(DeploymentError, match=r"gone for good, remove .*deployments/gone"):
+            Deployment("gone").delete()
+        with pytest.raises(UsageError, match=f"is in the cluster at {address}: to have it at {ray_cluster}"):
+            Deployment("gone", target="ray", address=ray_cluster).deploy()
         with pytest.raises(UsageError, match="has the target ray"):
             Deployment("gone", target="local").deploy()
     finally:

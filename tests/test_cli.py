@@ -142,6 +142,7 @@ def test_info_on_a_classifier(svm, capsys):
     assert "parity: scores its stored images as when saved" in out
 
 
+@pytest.mark.slow
 def test_train_leaves_a_run_that_evaluates_alike(folder, weights, tmp_path, capsys, compilation_cache):
     run = tmp_path / "run"
     options = ["--num-epochs", "2", "--learning-rates", "0.01", "--batch-size", "4", "--out", str(run)]
@@ -190,6 +191,7 @@ def test_svm_on_the_features_of_a_classifier(svm, folder, tmp_path, capsys):
 # Mistakes.
 
 
+@pytest.mark.slow
 def test_svm_of_chosen_c_calibrated_and_abstaining(svm, folder, tmp_path, capsys):
     options = ["--C", "cv", "--num-folds", "3", "--calibrate", "sigmoid", "--min-precision", "0.9"]
     for kept in (0, 7):  # of 12 images 7 are trained on

@@ -1,6 +1,7 @@
 """Our LinearSVC against liblinear's, by scikit-learn: the same objective, the same predictions."""
 
 import warnings
+from functools import partial
 
 import numpy as np
 import pytest
@@ -65,15 +66,16 @@ def many_classes():
     return rng.standard_normal((600, 32))[labels] + 0.3 * rng.standard_normal((1800, 32)), labels
 
 
+slow = partial(pytest.param, marks=pytest.mark.slow)
 PROBLEMS = {
     "digits": (digits, 1.0),
-    "digits, hardly regularised": (digits, 1000.0),
+    "digits, hardly regularised": slow(digits, 1000.0),
     "ill-conditioned": (ill_conditioned, 1.0),
     "ill-conditioned, regularised": (ill_conditioned, 0.01),
     "far from the origin": (far_from_the_origin, 1.0),
     "imbalanced": (lambda: random(n_samples=2000, n_features=30, weights=[0.99]), 1.0),
     "imbalanced, regularised": (lambda: random(n_samples=2000, n_features=30, weights=[0.99]), 0.01),
-    "separable": (separable, 1000.0),
+    "separable": slow(separable, 1000.0),
     "more features than samples": (lambda: random(n_samples=60, n_features=512), 1.0),
     "600 classes": (many_classes, 0.1),
 }
@@ -151,6 +153,7 @@ def test_blocks_and_devices_do_not_matter(monkeypatch, bytes_for_it):
     np.testing.assert_allclose(divided.objective, whole.objective, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_many_problems_at_once_are_those_one_by_one():
     features, labels = digits()
     folds, costs = np.arange(len(labels)) % 3, (0.01, 10.0)

@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=2"
@@ -97,6 +98,18 @@ def backbone(compilation_cache):
     return create_model("resnet18", 2, image_size=32).backbone
 
 
+@pytest.fixture(scope="module")
+def world(tmp_path_factory, compilation_cache) -> Path:
+    """Photos, photos to evaluate on (7: no whole number of batches), and the network to start from."""
+    from jaxcls.classifier import create_model
+
+    folder = tmp_path_factory.mktemp("world")
+    write_photos(folder / "photos", {"blue": 8, "red": 9})
+    write_photos(folder / "eval", {"blue": 3, "red": 4}, seed=1)
+    create_model("resnet18", 2, image_size=32).save(folder / "start")
+    return folder
+
+
 CLASSES = ("blue", "green", "red")
 
 
@@ -108,6 +121,19 @@ def served_model(tmp_path_factory, compilation_cache) -> Path:
     return create_model("resnet18", CLASSES, image_size=32).save(
         tmp_path_factory.mktemp("served") / "colours"
     )
+
+
+@pytest.fixture(scope="session")
+def classifiers(tmp_path_factory, compilation_cache) -> list[Path]:
+    """Two saved classifiers: whatever the image, the scores of the first are (1, 0), of the second (2, 0)."""
+    from jaxcls.classifier import Head, create_model
+
+    model, folder = create_model("resnet18", 2, image_size=32), tmp_path_factory.mktemp("classifiers")
+    paths = []
+    for score in (1, 2):
+        head = Head(np.zeros_like(model.head.kernel), np.array([score, 0], np.float32))
+        paths.append(replace(model, head=head).save(folder / f"{score}.jaxcls"))
+    return paths
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 
 import httpx2
-import numpy as np
 import psutil
 import pytest
 from conftest import free_port
@@ -39,7 +38,6 @@ from test_app import (  # noqa: F401  # the contract: the same tests, of the ser
 )
 from test_deployment import IMAGE, QUICK, as_png, scoring, spoil, wait_until
 
-from jaxcls.classifier import Head, create_model
 from jaxcls.errors import DeploymentError, ServiceError, UsageError
 from jaxcls.serving.client import parse_result
 from jaxcls.serving.config import RayOptions, ServiceConfig
@@ -123,17 +121,6 @@ def home(service_home):
 def _environment(home, monkeypatch):
     monkeypatch.setenv("JAXCLS_HOME", str(home))
     monkeypatch.setattr("jaxcls.parallel.use_compilation_cache", lambda folder: None)
-
-
-@pytest.fixture(scope="module")
-def classifiers(tmp_path_factory, compilation_cache):
-    """Two saved classifiers: whatever the image, the scores of the first are (1, 0), of the second (2, 0)."""
-    model, folder = create_model("resnet18", 2, image_size=32), tmp_path_factory.mktemp("classifiers")
-    paths = []
-    for score in (1, 2):
-        head = Head(np.zeros_like(model.head.kernel), np.array([score, 0], np.float32))
-        paths.append(replace(model, head=head).save(folder / f"{score}.jaxcls"))
-    return paths
 
 
 def command(home, *arguments):

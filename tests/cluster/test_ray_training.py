@@ -9,25 +9,15 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import free_port, write_photos
+from conftest import free_port
 from run_folders import assert_same, newest, read_arrays
 
-from jaxcls.classifier import create_model, load
+from jaxcls.classifier import load
 
 pytest.importorskip("ray")
 
 pytestmark = [pytest.mark.slow, pytest.mark.cluster]
 SECONDS = 300
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    """Photos, photos to evaluate on (7: no whole number of batches), and the network to start from."""
-    folder = tmp_path_factory.mktemp("world")
-    write_photos(folder / "photos", {"blue": 8, "red": 9})
-    write_photos(folder / "eval", {"blue": 3, "red": 4}, seed=1)
-    create_model("resnet18", 2, image_size=32).save(folder / "start")
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,6 @@ import threading
 import time
 from base64 import b64encode
 from contextlib import contextmanager, suppress
-from dataclasses import replace
 from functools import partial
 from io import BytesIO
 
@@ -20,7 +19,7 @@ import psutil
 import pytest
 from PIL import Image
 
-from jaxcls.classifier import Head, create_model, load
+from jaxcls.classifier import load
 from jaxcls.cli import main
 from jaxcls.errors import ClassifierError, DeploymentError, MissingExtraError, UsageError
 from jaxcls.manifest import WEIGHTS, read_manifest, write_manifest
@@ -49,17 +48,6 @@ def _environment(home, monkeypatch):
     monkeypatch.setenv("JAXCLS_HOME", str(home))
     monkeypatch.setenv("XLA_FLAGS", "")
     monkeypatch.setattr("jaxcls.parallel.use_compilation_cache", lambda folder: None)
-
-
-@pytest.fixture(scope="module")
-def classifiers(tmp_path_factory, compilation_cache):
-    """Two saved classifiers: whatever the image, the scores of the first are (1, 0), of the second (2, 0)."""
-    model, folder = create_model("resnet18", 2, image_size=32), tmp_path_factory.mktemp("classifiers")
-    paths = []
-    for score in (1, 2):
-        head = Head(np.zeros_like(model.head.kernel), np.array([score, 0], np.float32))
-        paths.append(replace(model, head=head).save(folder / f"{score}.jaxcls"))
-    return paths
 
 
 @pytest.fixture

@@ -85,16 +85,6 @@ def finish(processes):
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory, compilation_cache):
-    """Photos, photos to evaluate on (7: no whole number of batches), and the network to start from."""
-    folder = tmp_path_factory.mktemp("world")
-    write_photos(folder / "photos", {"blue": 8, "red": 9})
-    write_photos(folder / "eval", {"blue": 3, "red": 4}, seed=1)
-    create_model("resnet18", 2, image_size=32).save(folder / "start")
-    return folder
-
-
-@pytest.fixture(scope="module")
 def command(world, compilation_cache):
     def command(run_dir, config=CONFIG, photos="photos"):
         return trainer.command(world, compilation_cache, run_dir, config, photos, num_processes=2)

@@ -44,6 +44,7 @@ serving.deployment
 serving.load_test serving.load_generator serving.docker serving.manifests
 train.config train.state train.optimizer train.step train.memory train.signals train.checkpoint
 train.reporters train.folder
+train.setup train.programs train.held_out train.description
 train.finetune
 svm.samples svm.newton svm.solver svm.calibration svm.cross_validation svm.labels svm.fit
 ui.extra ui.app ui.desk ui.review_page ui.widgets

@@ -11,7 +11,6 @@ There is no iterator state: the position in the data is the step.
 """
 
 import errno
-import hashlib
 import json
 import os
 import shutil
@@ -23,11 +22,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
-import numpy as np
 from flax.traverse_util import flatten_dict
 
-from jaxcls.data.dataset import Dataset
 from jaxcls.errors import TrainingError, UsageError
+from jaxcls.parallel import from_first_process, gather
 from jaxcls.storage import file_sha256
 from jaxcls.train.state import Totals, TrainState, to_host
 
@@ -103,10 +101,9 @@ class Checkpoints:
         """Whether the last `save` is still under way."""
         return self._writing is not None and not self._writing.done()
 
-    @property
-    def seconds_since_save(self) -> float:
-        """How long ago the last `save` began; before the first, how old this object is."""
-        return time.monotonic() - self._since
+    def is_due(self, seconds: float) -> bool:
+        """Whether the last `save` is done and began so long ago; before the first, this object did."""
+        return time.monotonic() - self._since >= seconds and not self.is_writing
 
     def save(self, snapshot: Snapshot) -> None:
         """Begin to write; first wait for the one before.
@@ -127,6 +124,17 @@ class Checkpoints:
         writing, self._writing = self._writing, None
         if writing is not None:
             writing.result()
+
+    def finish(self, snapshot: Snapshot | None) -> None:
+        """Wait; then write a snapshot, unless it or a later one is written.
+
+        Raises:
+            TrainingError: one of them could not be written.
+        """
+        self.wait()
+        if snapshot is not None and snapshot.position > (self.newest or (0, 0)):
+            self.save(snapshot)
+            self.wait()
 
     def restore(self, like: TrainState) -> tuple[Snapshot | None, list[str]]:
         """The newest good checkpoint, if there is any checkpoint, and what to tell about the others.
@@ -230,22 +238,16 @@ def _orbax() -> "ocp.Checkpointer":
     return ocp.Checkpointer(handler, multiprocessing_options=options)
 
 
-def fingerprint(dataset: Dataset) -> dict[str, Any]:
-    """What tells two datasets apart: number, classes, and a checksum of ids and labels in their order."""
-    rows = json.dumps([list(dataset.ids), dataset.labels.tolist()])
-    return {
-        "number": len(dataset),
-        "classes": ", ".join(dataset.classes),
-        "ids and labels": hashlib.sha256(rows.encode()).hexdigest()[:16],
-    }
-
-
-def checksum(variables: Any) -> str:
-    """What tells the weights of two networks apart."""
-    digest = hashlib.sha256()
-    for leaf in jax.tree.leaves(variables):
-        digest.update(np.asarray(leaf).tobytes())
-    return digest.hexdigest()[:16]
+def snapshot_of_first_process(snapshot: Snapshot | None, like: TrainState) -> Snapshot | None:
+    """The first process's snapshot, on all of them; `like` is a state of the same shapes and dtypes."""
+    progress = gather(
+        None if snapshot is None else [asdict(snapshot.totals), snapshot.history, snapshot.num_parts]
+    )[0]
+    if progress is None:
+        return None
+    totals, history, num_parts = progress
+    state = from_first_process(to_host(like) if snapshot is None else snapshot.state)
+    return Snapshot(state, Totals(**totals), tuple(history), num_parts)
 
 
 def list_checksums(folder: Path) -> str:

@@ -1,7 +1,8 @@
-"""What a training step takes of a device's memory, foreseen by XLA or found out by failing."""
+"""What a training step takes of a device's memory, foreseen by XLA or found out by failing; its parts."""
 
 import jax
 
+from jaxcls.errors import TrainingError
 from jaxcls.progress import format_bytes
 
 
@@ -21,6 +22,21 @@ def needed_bytes(compiled: jax.stages.Compiled) -> int:
 def is_exhausted(error: jax.errors.JaxRuntimeError) -> bool:
     """Whether a program failed for lack of memory."""
     return "RESOURCE_EXHAUSTED" in str(error)
+
+
+def divide_further(num_parts: int, batch_size: int, num_devices: int, reason: str) -> int:
+    """Twice as many parts of a batch.
+
+    Raises:
+        TrainingError: the images of a device cannot be divided so; the reason to divide them comes first.
+    """
+    num_parts *= 2
+    if batch_size // num_devices % num_parts:
+        raise TrainingError(
+            f"{reason}, and {batch_size} images on {num_devices} devices cannot be divided "
+            f"into {num_parts} parts: train smaller images, a smaller network or smaller batches"
+        )
+    return num_parts
 
 
 def describe_parts(num_parts: int, batch_size: int, *, is_normalised: bool) -> str:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import lax
 from jax.sharding import Mesh
@@ -16,7 +17,7 @@ from jaxcls.models.convolution import compiler_options
 from jaxcls.models.resnet import Apply
 from jaxcls.parallel import batch_sharding, replicated, steps_sharding
 from jaxcls.preprocess import Preprocess
-from jaxcls.train.state import TrainState
+from jaxcls.train.state import Totals, TrainState
 
 STEPS_PER_DISPATCH = 10
 """At most, on accelerators; the images of so many steps are held at once."""
@@ -33,6 +34,13 @@ class Sums(NamedTuple):
     loss: jax.Array
     num_correct: jax.Array
     num_seen: jax.Array
+
+
+def totals_of(sums: Sums) -> list[Totals]:
+    """Of one step, or of each of several, once they are fetched."""
+    return [
+        Totals(*values) for values in zip(*(np.atleast_1d(value).tolist() for value in sums), strict=True)
+    ]
 
 
 TrainStep = jax.stages.Wrapped

@@ -10,7 +10,7 @@ import pytest
 from conftest import write_photos
 from PIL import Image
 
-import jaxcls.train.finetune
+import jaxcls.train.programs
 from jaxcls.classifier import load
 from jaxcls.data.dataset import Dataset
 from jaxcls.data.folder import read_folder
@@ -21,6 +21,7 @@ from jaxcls.scoring import make_scorer, predict
 from jaxcls.train.config import FinetuneConfig
 from jaxcls.train.finetune import finetune
 from jaxcls.train.reporters import Reporter
+from jaxcls.train.step import Sums
 
 STEPS_PER_EPOCH = 3
 SLOW = pytest.mark.slow
@@ -350,12 +351,12 @@ def test_an_evaluation_that_shows_divergence_keeps_the_epoch_before(
     photos, backbone, eval_photos, monkeypatch
 ):
     """The last step of an epoch ruins the parameters after its own loss was computed."""
-    monkeypatch.setattr(jaxcls.train.finetune, "make_train_step", lambda *args, **options: jax.jit(ruin))
+    monkeypatch.setattr(jaxcls.train.programs, "make_train_step", lambda *args, **options: jax.jit(ruin))
 
     def ruin(state, images, labels):
         bias = state.params["head"]["bias"] + np.nan
         params = state.params | {"head": state.params["head"] | {"bias": bias}}
-        sums = jaxcls.train.finetune.Sums(np.float32(4), np.int32(2), np.int32(4))
+        sums = Sums(np.float32(4), np.int32(2), np.int32(4))
         return replace(state, step=state.step + 1, params=params), sums
 
     recorder = Recorder()

@@ -17,6 +17,7 @@ from jaxcls.models.resnet import make_apply
 from jaxcls.parallel import make_mesh, replicated
 from jaxcls.train.config import FinetuneConfig
 from jaxcls.train.finetune import finetune
+from jaxcls.train.held_out import HeldOut
 from jaxcls.train.memory import needed_bytes
 from jaxcls.train.optimizer import make_optimizer, make_schedule
 from jaxcls.train.reporters import Reporter
@@ -130,10 +131,10 @@ def test_what_cannot_be_divided_is_an_error(photos, backbone, monkeypatch):
 
 
 def test_an_evaluation_that_runs_out_of_memory_is_an_error(photos, backbone, monkeypatch):
-    def fail(run, views):
+    def fail(held_out, *arguments):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 7 bytes.")
 
-    monkeypatch.setattr(jaxcls.train.finetune._Run, "_evaluation_totals", fail)
+    monkeypatch.setattr(HeldOut, "_totals", fail)
     with pytest.raises(TrainingError, match="the evaluation ran out of memory: use smaller batches"):
         finetune(photos, backbone, CONFIG, eval_dataset=photos, reporters=[])
 

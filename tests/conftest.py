@@ -58,6 +58,38 @@ def compilation_cache(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def resnet18(weights, compilation_cache):
+    """ResNet-18, trained on ImageNet."""
+    from jaxcls.models.pretrained import load_pretrained
+
+    return load_pretrained("resnet18", weights=weights / "resnet18.safetensors")
+
+
+@pytest.fixture(scope="session")
+def feature_cache(tmp_path_factory) -> Path:
+    """Where the features of real photos are kept: a set of thousands is worth a minute."""
+    return tmp_path_factory.mktemp("features")
+
+
+@pytest.fixture(scope="session")
+def features_of(shared, resnet18, feature_cache):
+    """Call it with the name of a set of real photos to have them, and their features float32 [N, 512]."""
+    from jaxcls.data.folder import read_folder
+    from jaxcls.feature_cache import features_of
+
+    return lambda name: features_of(resnet18, read_folder(shared / "data" / name), feature_cache)
+
+
+@pytest.fixture(scope="session")
+def compiled_once(compilation_cache) -> dict[str, str]:
+    """Environment variables of a process that keeps no programs by itself, with which it uses the cache."""
+    return {
+        "JAX_COMPILATION_CACHE_DIR": str(compilation_cache),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
+    }
+
+
 def write_photos(folder: Path, counts: dict[str, int], seed: int = 0) -> Path:
     """Write noisy photos of one plain colour per class, 40 x 48 pixels, as `folder/CLASS/NUMBER.png`."""
     generator = np.random.default_rng(seed)

@@ -1,6 +1,7 @@
 """The experiments run: scripts as processes, the notebook in a kernel."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -29,11 +30,20 @@ def weights(tmp_path_factory):
     return folder
 
 
-def run(name: str, *arguments: object) -> str:
-    command = [sys.executable, "-m", f"experiments.{name}", *map(str, arguments)]
-    done = subprocess.run(command, cwd=EXPERIMENTS.parent, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+@pytest.fixture
+def run(compiled_once):
+    """Call it with the name of a script and its arguments to have what it prints."""
+
+    def run(name: str, *arguments: object) -> str:
+        command = [sys.executable, "-m", f"experiments.{name}", *map(str, arguments)]
+        environment = {**os.environ, **compiled_once}
+        done = subprocess.run(
+            command, cwd=EXPERIMENTS.parent, env=environment, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    return run
 
 
 @pytest.mark.slow
@@ -63,7 +73,7 @@ def test_notebook_on_the_digits(tmp_path, weights):
 
 
 @pytest.mark.slow
-def test_walk_through(tmp_path, weights):
+def test_walk_through(run, tmp_path, weights):
     photos = write_photos(tmp_path / "photos", {"blue": 6, "red": 6})
     out = run(
         "tableware", photos, "--weights", weights / "resnet18.safetensors", "--image-size", 32,
@@ -76,7 +86,7 @@ def test_walk_through(tmp_path, weights):
 
 
 @pytest.mark.slow
-def test_recipes_and_accuracy_over_seeds(tmp_path, weights):
+def test_recipes_and_accuracy_over_seeds(run, tmp_path, weights):
     photos = write_photos(tmp_path / "photos", {"blue": 6, "red": 6})
     out = run(
         "improve_accuracy", photos, "--weights-folder", weights, "--recipes", 0, "--num-epochs", 1,
@@ -113,7 +123,7 @@ def test_planted_labels_are_wrong_and_suspects_judged_by_them():
 
 
 @pytest.mark.slow
-def test_label_errors(tmp_path, weights):
+def test_label_errors(run, tmp_path, weights):
     photos = write_photos(tmp_path / "photos", {"blue": 12, "red": 12})
     out = run(
         "label_errors", photos, "--weights", weights / "resnet18.safetensors", "--num-seeds", 2,
@@ -126,7 +136,7 @@ def test_label_errors(tmp_path, weights):
     assert any(row["method"].startswith("cleanlab") for row in result["runs"]) or result["notes"]
 
 
-def test_duplicates(tmp_path):
+def test_duplicates(run, tmp_path):
     photos = write_photos(tmp_path / "photos", {"blue": 4, "red": 4})
     out = run("duplicates", photos, "--num-originals", 2, "--num-seeds", 1, "--out", tmp_path / "found.json")
     assert "photos: 0 exact and 0 near copies" in out
@@ -182,7 +192,7 @@ def test_runs_go_on_only_under_the_same_settings(tmp_path):
 
 
 @pytest.mark.slow
-def test_svm_next_to_fine_tuning(tmp_path, weights):
+def test_svm_next_to_fine_tuning(run, tmp_path, weights):
     photos = write_photos(tmp_path / "photos", {"blue": 12, "red": 12})
     command = (
         "svm_baseline", photos, "--weights", weights / "resnet18.safetensors", "--image-size", 32,

@@ -33,12 +33,12 @@ def test_svm_on_tableware(shared, weights, compilation_cache):
 
 
 @pytest.mark.slow
-def test_svm_on_trash(shared, weights, compilation_cache):
+def test_svm_on_trash(shared, resnet18, feature_cache):
     """torch and scikit-learn: 0.796 over 3 splits."""
     photos = jaxcls.read_folder(shared / "data" / "trash")
     train, test = photos.split(0.8, seed=0)
-    backbone = jaxcls.load_pretrained("resnet18", weights=weights / "resnet18.safetensors")
-    evaluation = jaxcls.evaluate(jaxcls.predict(jaxcls.fit_svm(train, backbone, C=0.01), test))
+    classifier = jaxcls.fit_svm(train, resnet18, C=0.01, cache=feature_cache)
+    evaluation = jaxcls.evaluate(jaxcls.predict(classifier, test))
     assert evaluation.accuracy("micro") >= 0.76
 
 

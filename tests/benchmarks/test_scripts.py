@@ -45,19 +45,24 @@ def bare(tmp_path):
     return {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), str(ROOT)])}
 
 
-def run(*command, environment=os.environ):
-    """A process; unoptimised programs compile faster, and the figures matter to nobody here."""
-    flags = environment.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
-    done = subprocess.run(
-        [sys.executable, *map(str, command)],
-        cwd=ROOT,
-        env={**environment, "XLA_FLAGS": flags},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+@pytest.fixture
+def run(compiled_once):
+    """Call it to run a process; the figures matter to nobody here: programs are unoptimised, and kept."""
+
+    def run(*command, environment=os.environ):
+        flags = environment.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
+        done = subprocess.run(
+            [sys.executable, *map(str, command)],
+            cwd=ROOT,
+            env={**environment, **compiled_once, "XLA_FLAGS": flags},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    return run
 
 
 def read(folder):
@@ -82,7 +87,7 @@ def multiply_adds_of_resnet18_at_32_px():
     return stem, sum(stages) + 512 * 1000
 
 
-def test_what_a_gpu_machine_runs_imports_no_more_than_it_has(bare):
+def test_what_a_gpu_machine_runs_imports_no_more_than_it_has(run, bare):
     code = "import benchmarks.gpu, benchmarks.subjects, benchmarks.textbook, jaxcls.scoring"
     run("-c", code, environment=bare)
 
@@ -121,7 +126,7 @@ def test_the_peers_cut_the_boxes_of_our_stream(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_script_measures_ours_and_two_peers(tmp_path):
+def test_a_script_measures_ours_and_two_peers(run, tmp_path):
     pytest.importorskip("torch")
     names = ("jaxcls", "flax-pmap-float32", "torch-eager-bfloat16")
     out = run("-m", "benchmarks.train_step", "--tiny", "--out", tmp_path, "--peer", *names)
@@ -144,7 +149,7 @@ def test_a_script_measures_ours_and_two_peers(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(set(every.BENCHMARKS) - {"train_step", "correctness"}))
-def test_every_script_runs(tmp_path, name):
+def test_every_script_runs(run, tmp_path, name):
     peers = {"score": ["flax-jit-float32"], "input_pipeline": ["jaxcls-0", "grain-0"]}
     chosen = ["--peer", *peers.get(name, []), *["jaxcls"] * (name != "input_pipeline")]
     run("-m", f"benchmarks.{name}", "--tiny", "--out", tmp_path, *chosen)
@@ -154,7 +159,7 @@ def test_every_script_runs(tmp_path, name):
 
 
 @pytest.mark.slow
-def test_the_first_stage_runs_on_a_bare_machine(tmp_path, bare):
+def test_the_first_stage_runs_on_a_bare_machine(run, tmp_path, bare):
     out = tmp_path / "out"
     run("-m", "benchmarks.gpu", "first", "--tiny", "--out", out, "--peer", "jaxcls", environment=bare)
     assert [path.name for path in out.iterdir()] == ["first_cpu.json"]
@@ -166,7 +171,7 @@ def test_the_first_stage_runs_on_a_bare_machine(tmp_path, bare):
 
 
 @pytest.mark.slow
-def test_a_row_that_needs_more_than_is_there_says_so(tmp_path, bare):
+def test_a_row_that_needs_more_than_is_there_says_so(run, tmp_path, bare):
     names = ("jaxcls-0", "dataloader-0", "tfdata")
     run("-m", "benchmarks.input_pipeline", "--tiny", "--out", tmp_path, "--peer", *names, environment=bare)
     rows = read(tmp_path)
@@ -184,7 +189,7 @@ def test_there_are_at_most_eight_result_files_of_a_gpu():
 @pytest.mark.cluster
 @pytest.mark.skipif(shutil.which("wrk") is None, reason="the load comes from wrk")
 @pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed")
-def test_ray_serving(tmp_path):
+def test_ray_serving(run, tmp_path):
     run("-m", "benchmarks.ray_serving", "--tiny", "--out", tmp_path)
     rows = {(work, subject): row for (_, work, subject), row in read(tmp_path).items()}
     ways = ("local", "ray-haproxy", "ray-direct", "ray-proxy")
@@ -194,7 +199,7 @@ def test_ray_serving(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("wrk") is None, reason="the load comes from wrk")
-def test_serving(tmp_path):
+def test_serving(run, tmp_path):
     run("-m", "benchmarks.serving", "--tiny", "--out", tmp_path)
     rows = {work: row for (_, work, subject), row in read(tmp_path).items() if subject == "jaxcls"}
     assert {"score_bare", "serve_tensors", "serve_photos", "at_rest", "overload_10x"} <= rows.keys()

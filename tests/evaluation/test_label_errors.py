@@ -190,24 +190,19 @@ def test_what_cannot_be_judged_is_an_error():
 
 
 @pytest.mark.slow
-def test_planted_in_trash(shared, weights, compilation_cache):
+def test_planted_in_trash(features_of):
     """2 % of the labels changed: of the 51 most suspicious, with 51 planted, 6 in 10 are of these or more.
 
     Over 10 seeds the share was 0.69 with a standard deviation of 0.07, and 0.60 with the SVM alone.
     """
-    from jaxcls.data.folder import read_folder
-    from jaxcls.models.pretrained import load_pretrained
-    from jaxcls.scoring import extract_features
     from jaxcls.svm.cross_validation import out_of_fold
 
-    photos = read_folder(shared / "data" / "trash")
-    backbone = load_pretrained("resnet18", weights=weights / "resnet18.safetensors")
-    values, labels, _ = extract_features(backbone, photos)
+    photos, values = features_of("trash")
     directions = values / np.linalg.norm(values, axis=1, keepdims=True)
     ids = photos.ids.tolist()
     recalls = []
     for seed in range(3):
-        noisy, wrong = change_labels(labels, len(photos.classes), 51, seed)
+        noisy, wrong = change_labels(photos.labels, len(photos.classes), 51, seed)
         found = find_label_errors(
             out_of_fold(directions, noisy, photos.classes, ids, seed=seed),
             score_by_neighbours(values, noisy, photos.classes, ids),

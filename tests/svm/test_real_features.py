@@ -5,24 +5,9 @@ import pytest
 from sklearn.svm import LinearSVC as Liblinear
 from test_solver import objective
 
-import jaxcls
 from jaxcls.svm.solver import LinearSVC
 
 at_each_cost = pytest.mark.parametrize("C", [0.01, 1.0])
-
-
-@pytest.fixture(scope="session")
-def features_of(shared, weights, compilation_cache):
-    backbone = jaxcls.load_pretrained("resnet18", weights=weights / "resnet18.safetensors")
-    found = {}
-
-    def extract(name):
-        if name not in found:
-            values, labels, _ = jaxcls.extract_features(backbone, jaxcls.read_folder(shared / "data" / name))
-            found[name] = values, labels
-        return found[name]
-
-    return extract
 
 
 def assert_as_good(features, labels, C, duals):  # noqa: N803
@@ -39,13 +24,15 @@ def assert_as_good(features, labels, C, duals):  # noqa: N803
 # liblinear may stop short of 1e-9; how far either came is what is compared.
 @pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
 def test_photos_of_tableware(features_of, C):  # noqa: N803
-    assert_as_good(*features_of("tableware"), C, duals=(False, True))
+    photos, values = features_of("tableware")
+    assert_as_good(values, photos.labels, C, duals=(False, True))
 
 
 @pytest.mark.slow
 @at_each_cost
 def test_photos_of_trash(features_of, C):  # noqa: N803
-    assert_as_good(*features_of("trash"), C, duals=(False,))
+    photos, values = features_of("trash")
+    assert_as_good(values, photos.labels, C, duals=(False,))
 
 
 @pytest.mark.slow

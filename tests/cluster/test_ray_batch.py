@@ -94,7 +94,12 @@ def classifier(compilation_cache):
 def start(classifier, service_home, tmp_path):
     """Call it to start `jaxcls COMMAND MODEL SOURCE --target ray` with further options."""
     model = classifier.save(tmp_path / "model.jaxcls")
-    environment = {**os.environ, "JAXCLS_HOME": str(service_home)}
+    environment = {
+        **os.environ,
+        "JAXCLS_HOME": str(service_home),
+        # What is left of a Ray tells its head of the death, and waits a minute for one that is gone.
+        "RAY_gcs_rpc_server_reconnect_timeout_s": "5",
+    }
 
     def start(command, source, *options):
         arguments = [command, model, source, "--target", "ray", *options]

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -122,13 +123,15 @@ def test_two_processes_train_as_one_with_two_devices(pipeline, world, command, t
 @SLOW
 def test_devices_and_processes_train_alike(tmp_path):
     """Rounding grows with each step of float32: only the first few losses are compared."""
-    files = {}
-    for num_devices in (1, 2, 4, 8):
-        files[num_devices] = tmp_path / f"{num_devices}.npz"
+    files = {num_devices: tmp_path / f"{num_devices}.npz" for num_devices in (1, 2, 4, 8)}
+
+    def replicate(num_devices):
         flags = f"--xla_force_host_platform_device_count={num_devices}"
-        subprocess.run(
-            [sys.executable, REPLICAS, files[num_devices]], env={**os.environ, "XLA_FLAGS": flags}, check=True
-        )
+        command = [sys.executable, REPLICAS, files[num_devices]]
+        subprocess.run(command, env={**os.environ, "XLA_FLAGS": flags}, check=True)
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(replicate, files))
     files["two processes"] = tmp_path / "two.npz"
     codes, texts = finish(start([[REPLICAS, files["two processes"]]] * 2))
     assert codes == [0, 0], texts

@@ -41,7 +41,7 @@ RUNS = {
     # With stored statistics an image's activations do not depend on the others: nothing crosses an edge.
     "gradients in float32": Run(jnp.float32, "frozen", 64, 1, 1e-5),
     # XLA's float64 convolutions are slow on CPU: smaller images.
-    "all in float64": Run(jnp.float64, "train", 32, 5, 5e-4),
+    "all in float64": Run(jnp.float64, "train", 32, 20, 5e-4),
 }
 
 

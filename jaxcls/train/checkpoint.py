@@ -15,7 +15,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -160,12 +160,12 @@ class Checkpoints:
                     "their last digits from those of an undisturbed run"
                 )
             # They will be written again. Left alone, they would count as the newest.
-            for folder in useless:
-                shutil.rmtree(folder)
+            _discard(useless)
             self.newest = snapshot.position
             return snapshot, notes
         if notes:
             raise TrainingError("\n".join([f"{self.folder} holds no good checkpoint", *notes]))
+        _discard(useless)
         return None, notes
 
     def _read(self, path: Path, like: TrainState) -> tuple[Snapshot, str]:
@@ -223,6 +223,11 @@ class Checkpoints:
         for path in _complete(self.folder)[: -self._num_kept]:
             if int(path.name) != best_step:
                 _remove(path)
+
+
+def _discard(folders: Iterable[Path]) -> None:
+    for folder in folders:
+        shutil.rmtree(folder)
 
 
 def _orbax() -> "ocp.Checkpointer":

@@ -309,6 +309,12 @@ def two_checkpoints(tmp_path_factory):
     return checkpoints.folder
 
 
+def test_what_was_being_written_first_of_all_is_cleared_away(tmp_path):
+    (tmp_path / "00000001.partial" / "arrays").mkdir(parents=True)
+    assert open_checkpoints(tmp_path).restore(LIKE) == (None, [])
+    assert not list(tmp_path.iterdir())
+
+
 def test_what_was_saved_is_restored(two_checkpoints):
     snapshot, notes = open_checkpoints(two_checkpoints).restore(LIKE)
     assert_same(vars(snapshot.state), vars(make_snapshot(6).state))

@@ -4,8 +4,8 @@
 
 One JSON line for every distinct shape and pass: milliseconds (the least of several runs) of XLA's
 convolution and of a matrix product over patches, each compiled as XLA does by itself and with
-`compiler_options`; the last line is the gradient of the max pool. `gflop` over the time is the rate to
-compare with the machine's matrix products.
+`compiler_options`, and forward also of our sum of bfloat16 products; the last line is the gradient of
+the max pool. `gflop` over the time is the rate to compare with the machine's matrix products.
 """
 
 import argparse
@@ -21,7 +21,7 @@ import numpy as np
 from jax import lax
 
 from jaxcls.models.architecture import ARCHITECTURES, BOTTLENECK_EXPANSION, STEM_FEATURES
-from jaxcls.models.convolution import compiler_options, max_pool
+from jaxcls.models.convolution import compiler_options, convolve, max_pool
 
 NUM_RUNS = 5
 
@@ -82,6 +82,11 @@ def product(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
     return lax.dot_general(jnp.concatenate(patches, axis=-1), flat, (((3,), (0,)), ((), ())))
 
 
+def bfloat16_products(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
+    """Ours, with the kernel in bfloat16."""
+    return convolve(x, kernel.astype(jnp.bfloat16), stride=stride, padding=kernel.shape[0] // 2)
+
+
 def passes(function: Callable[..., jax.Array]) -> dict[str, Callable[..., Any]]:
     """The value and each gradient, of (x, kernel, gradient of the value)."""
     return {
@@ -138,8 +143,11 @@ def main() -> None:
         )
         gflop = 2e-9 * operands[2].size * size * size * inputs
         lowerings = {f.__name__: passes(partial(f, stride=stride)) for f in (convolution, product)}
+        ours = partial(bfloat16_products, stride=stride)
+        lowerings[bfloat16_products.__name__] = {"forward": passes(ours)["forward"]}
         for name in lowerings["convolution"]:
-            programs = compiled({key: value[name] for key, value in lowerings.items()}, operands)
+            functions = {key: value[name] for key, value in lowerings.items() if name in value}
+            programs = compiled(functions, operands)
             row = {"device": device, **shape._asdict(), "pass": name, "gflop": round(gflop, 3)}
             print(json.dumps({**row, "ms": least_ms(programs, operands)}), flush=True)
 

@@ -42,6 +42,7 @@ DEFAULTS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "score": {
         "cpu": (
             OURS,
+            f"{OURS}-float32",
             "torch-compile-float32",
             "torch-eager-float32",
             "torch-eager-bfloat16",

@@ -29,7 +29,7 @@ from benchmarks.worker import Task
 from jaxcls.classifier import Classifier, Forward, create_model, load
 from jaxcls.data.folder import read_folder
 from jaxcls.models.fold import fold_batch_norm
-from jaxcls.models.precision import Precision, compute_dtype
+from jaxcls.models.precision import Precision, compute_dtype, scoring_dtype
 from jaxcls.models.pretrained import Backbone
 from jaxcls.models.resnet import make_apply
 from jaxcls.parallel import batch_sharding, make_mesh, replicated, use_compilation_cache
@@ -211,18 +211,18 @@ def _compile_training(task: Task) -> tuple[Any, Any, list[tuple[Any, ...]], dict
 
 
 def _compile_scoring(task: Task, classifier: Classifier) -> tuple[Any, list[Any], int, dict[str, Any]]:
-    dtype = _dtype(_precision(task))
-    return _compile(task, classifier.backbone, classifier.forward(dtype), classifier.folded_weights(dtype))
+    dtype = scoring_dtype(_precision(task))
+    return _compile(task, classifier.backbone, classifier.forward, classifier.folded_weights(dtype), dtype)
 
 
 def _compile_features(task: Task, classifier: Classifier) -> tuple[Any, list[Any], int, dict[str, Any]]:
-    backbone, dtype = classifier.backbone, _dtype(_precision(task))
-    forward = Forward(backbone.architecture, backbone.preprocess, dtype)
-    return _compile(task, backbone, forward, {"backbone": fold_batch_norm(backbone.variables, dtype)})
+    backbone, dtype = classifier.backbone, scoring_dtype(_precision(task))
+    forward = Forward(backbone.architecture, backbone.preprocess)
+    return _compile(task, backbone, forward, {"backbone": fold_batch_norm(backbone.variables, dtype)}, dtype)
 
 
 def _compile(
-    task: Task, backbone: Backbone, forward: Forward, weights: Any
+    task: Task, backbone: Backbone, forward: Forward, weights: Any, dtype: str
 ) -> tuple[Any, list[Any], int, dict[str, Any]]:
     """The arguments of `JaxScoring`: program, images on the device, batch size, cost."""
     from jaxcls.scoring import compile_program
@@ -234,8 +234,8 @@ def _compile(
     mesh = make_mesh(task.batch_size)
     executable, _ = program.executables[task.batch_size]
     details = {
-        "dtype": forward.dtype,
-        **_cost(backbone, forward.dtype, images[0], mesh.size),
+        "dtype": dtype,
+        **_cost(backbone, dtype, images[0], mesh.size),
         "compile_seconds": compile_seconds,
         "memory": memory_of(executable),
     }

@@ -245,7 +245,10 @@ def _compare_rates(
     mine, other = ours["images_per_second"]["median"], theirs["images_per_second"]["median"]
     name = theirs["subject"] if theirs["subject"] != ours["subject"] else theirs["work"]
     reached = mine >= ratio * other and mine >= least
-    return Outcome(f"{_short(mine)}/s", f"{_short(other)}/s, {name}", mine / other, reached)
+    measured = f"{_short(mine)}/s"
+    if ours.get("dtype") != theirs.get("dtype"):
+        measured += f" in {ours['dtype']}"
+    return Outcome(measured, f"{_short(other)}/s, {name}", mine / other, reached)
 
 
 def _short(rate: float) -> str:

@@ -135,16 +135,16 @@ class Classifier:
         return {"backbone": self.backbone.variables, "head": self.head.weights}
 
     def folded_weights(self, dtype: str) -> dict[str, Any]:
-        """The first argument of `forward(dtype)`: a tree of NumPy arrays, the trunk's batch norm folded."""
+        """The first argument of `forward`: a tree of NumPy arrays, batch norm folded, kernels in `dtype`."""
         folded = fold_batch_norm(self.backbone.variables, jnp.dtype(dtype))
         return {"backbone": folded, "head": self.head.weights}
 
-    def forward(self, dtype: str) -> "Forward":
-        """The function `(folded_weights, images) -> scores`, with convolutions in `dtype`."""
+    @property
+    def forward(self) -> "Forward":
+        """The function `(folded_weights, images) -> scores`."""
         return Forward(
             self.backbone.architecture,
             self.preprocess,
-            dtype,
             len(self.classes),
             self.head.normalize,
             self.head.calibration,
@@ -257,9 +257,7 @@ class Classifier:
             raise ClassifierError(f"cannot export to {path}: {error}") from error
 
     def _serialize(self, platform: Platform, dtype: str) -> bytes:
-        return serialize_program(
-            self.forward(dtype), self.folded_weights(dtype), self.preprocess.size, platform
-        )
+        return serialize_program(self.forward, self.folded_weights(dtype), self.preprocess.size, platform)
 
     def _score_with(self, program: bytes, platform: str, dtype: str) -> Score:
         """The scoring function that `program` is with this classifier's weights."""
@@ -439,20 +437,21 @@ class Forward:
     Attributes:
         architecture: a key of `ARCHITECTURES`.
         preprocess: its device part runs inside.
-        dtype: of the convolutions: "float32" or "bfloat16".
         num_classes: K; None for features.
         normalize, calibration: as for `Head`.
+        num_at_once: as for `apply_folded`.
     """
 
     architecture: str
     preprocess: Preprocess
-    dtype: str
     num_classes: int | None = None
     normalize: bool = False
     calibration: Calibration | None = None
+    num_at_once: int | None = None
 
     def __call__(self, weights: Any, images: jax.Array) -> jax.Array:
-        features = apply_folded(weights["backbone"], self.preprocess.normalize(images), jnp.dtype(self.dtype))
+        pixels = self.preprocess.normalize(images)
+        features = apply_folded(weights["backbone"], pixels, self.num_at_once)
         if self.num_classes is None:
             return features
         return apply_head(weights["head"], features, normalize=self.normalize, calibration=self.calibration)
@@ -541,7 +540,7 @@ def imagenet_classifier(name: str, *, weights: str | Path | None = None) -> Clas
 
 
 def _unfolded_scores(classifier: Classifier, images: np.ndarray) -> np.ndarray:
-    """What `Classifier.forward("float32")` must reproduce: scores of the network as it was trained."""
+    """What `Classifier.forward` must reproduce in float32: scores of the network as it was trained."""
     from jaxcls.models.resnet import make_apply  # loads Flax
 
     @jax.jit
@@ -571,7 +570,7 @@ def _name(path: tuple[Any, ...]) -> str:
 
 def _are_alike(one: Classifier, other: Classifier) -> bool:
     """Whether their scores are equal: of one form, with equal weights."""
-    if one.forward("float32") != other.forward("float32"):
+    if one.forward != other.forward:
         return False
     return all(jax.tree.leaves(jax.tree.map(np.array_equal, one.weights, other.weights)))
 

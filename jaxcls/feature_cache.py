@@ -14,7 +14,7 @@ from safetensors.numpy import load, save
 from jaxcls.data.dataset import Dataset, find_problems, leave_out
 from jaxcls.data.inventory import content_digests
 from jaxcls.errors import ClassifierError
-from jaxcls.models.precision import Precision, compute_dtype
+from jaxcls.models.precision import Precision, scoring_dtype
 from jaxcls.models.pretrained import Backbone
 from jaxcls.scoring import extract_features
 from jaxcls.storage import make_private_folder, write_whole
@@ -93,7 +93,7 @@ def _backbone_digest(backbone: Backbone, precision: Precision) -> str:
         VERSION,
         backbone.architecture,
         backbone.preprocess.to_json(),
-        np.dtype(compute_dtype(precision)).name,
+        scoring_dtype(precision),
     ]
     digest = hashlib.sha256(json.dumps(conditions, sort_keys=True).encode())
     for path, leaf in jax.tree.leaves_with_path(backbone.variables):

@@ -1,8 +1,9 @@
 """Compiled scoring: a classifier or backbone and images become predictions or features."""
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,7 @@ from jaxcls.errors import ImageError, UsageError
 from jaxcls.evaluation.thresholds import are_below
 from jaxcls.models.convolution import compiler_options
 from jaxcls.models.fold import fold_batch_norm
-from jaxcls.models.precision import Precision, compute_dtype
+from jaxcls.models.precision import Precision, scoring_dtype
 from jaxcls.models.pretrained import Backbone
 from jaxcls.parallel import batch_sharding, make_mesh, replicated
 from jaxcls.predictions import Predictions
@@ -79,25 +80,32 @@ def _compile(
     mesh: Mesh,
 ) -> Any:
     """The executable for one batch size; the same again for all weights of a form."""
-    size = forward.preprocess.size
+    size, platform = forward.preprocess.size, mesh.devices.flat[0].platform
+    if platform == "cpu" and mesh.size == 1:
+        forward = replace(forward, num_at_once=_num_at_once(size))
     images = jax.ShapeDtypeStruct((batch_size, size, size, 3), np.uint8)
     program = jax.jit(
         forward,
         in_shardings=(replicated(mesh), batch_sharding(mesh)),
         out_shardings=batch_sharding(mesh),
-        compiler_options=compiler_options(mesh.devices.flat[0].platform),
+        compiler_options=compiler_options(platform),
     )
     return program.lower(jax.tree.unflatten(structure, shapes), images).compile()
+
+
+def _num_at_once(image_size: int) -> int:
+    """An image of 224 px for each core, or as many smaller ones: what the caches of a CPU hold."""
+    return (os.cpu_count() or 1) * max(1, (224 // image_size) ** 2)
 
 
 def compile_network(
     network: Classifier | Backbone, *, batch_sizes: Sequence[int], precision: Precision = "auto"
 ) -> CompiledProgram:
     """Compile a classifier, to scores float32 [B, K], or a backbone, to features float32 [B, D]."""
-    dtype = _dtype_name(precision)
+    dtype = scoring_dtype(precision)
     if isinstance(network, Classifier):
-        return compile_program(network.forward(dtype), network.folded_weights(dtype), batch_sizes)
-    forward = Forward(network.architecture, network.preprocess, dtype)
+        return compile_program(network.forward, network.folded_weights(dtype), batch_sizes)
+    forward = Forward(network.architecture, network.preprocess)
     weights = {"backbone": fold_batch_norm(network.variables, jnp.dtype(dtype))}
     return compile_program(forward, weights, batch_sizes)
 
@@ -110,7 +118,7 @@ def make_scorer(
     Args:
         classifier: what to compile.
         batch_sizes: the values of B. Another one is an error, never a compilation.
-        precision: of the convolutions: "float32", "bfloat16", or "auto".
+        precision: of the convolutions: "float32", "bfloat16", or "auto" (bfloat16 where that is faster).
 
     Raises:
         UsageError: no batch size or one below 1; from the result: images of another dtype or shape, or a
@@ -137,7 +145,7 @@ def predict(
             labels are matched to the classifier's classes by name.
         batch_size: default: the smallest of 1, 8 and 64 that holds them all, else 64.
         num_workers: processes that decode; 0: threads.
-        precision: of the convolutions: "float32", "bfloat16", or "auto".
+        precision: of the convolutions: "float32", "bfloat16", or "auto" (bfloat16 where that is faster).
         progress: show a progress bar.
 
     Returns:
@@ -214,7 +222,7 @@ def check_parity(classifier: Classifier, path: str | Path, precision: Precision 
     def score(images: np.ndarray) -> np.ndarray:
         return make_scorer(classifier, batch_sizes=(len(images),), precision=precision)(images)
 
-    return compare_with_parity(score, path, _dtype_name(precision))
+    return compare_with_parity(score, path, scoring_dtype(precision))
 
 
 def _run(
@@ -254,10 +262,6 @@ def _run(
         if in_flight is not None:
             collect(*in_flight)
     return rows, errors
-
-
-def _dtype_name(precision: Precision) -> str:
-    return np.dtype(compute_dtype(precision)).name
 
 
 def _as_dataset(images: Items) -> Dataset:

@@ -244,12 +244,12 @@ def test_a_failed_save_leaves_what_was_there(classifier, copy, monkeypatch):
 
 
 def test_parity_holds_until_the_weights_change(classifier, saved):
-    assert check_parity(load(saved), saved) <= 1e-5  # saved unfolded, scored folded
+    assert check_parity(load(saved), saved, "float32") <= 1e-5  # saved unfolded, scored folded
     kernel = classifier.head.kernel.copy()
     kernel[0, 0] += 1
     altered = replace(classifier, head=replace(classifier.head, kernel=kernel))
     with pytest.raises(ClassifierError, match=r"scores differ from the saved ones by .*, allowed 0\.0001"):
-        check_parity(altered, saved)
+        check_parity(altered, saved, "float32")
 
 
 def test_parity_in_bfloat16_has_a_wider_tolerance(classifier, saved):
@@ -282,10 +282,10 @@ def test_a_calibrated_classifier_is_saved_loaded_and_scores_alike(classifier, sa
     assert (loaded.head.kind, loaded.head.calibration) == ("probability", calibration)
     expected = as_probabilities(load_parity(saved)[1], calibration)
     np.testing.assert_allclose(load_parity(path)[1], expected, rtol=1e-5)
-    assert check_parity(loaded, path) <= 1e-5
+    assert check_parity(loaded, path, "float32") <= 1e-5
     uncalibrated = replace(loaded, head=replace(loaded.head, calibration=None))
     with pytest.raises(ClassifierError, match="scores differ from the saved ones"):
-        check_parity(uncalibrated, path)
+        check_parity(uncalibrated, path, "float32")
 
 
 @pytest.mark.slow

@@ -60,7 +60,7 @@ def put_program(path, platform, content):
 
 @pytest.fixture(scope="module")
 def live_scores(classifier):
-    return make_scorer(classifier, batch_sizes=(len(IMAGES),))(IMAGES)
+    return make_scorer(classifier, batch_sizes=(len(IMAGES),), precision="float32")(IMAGES)
 
 
 def test_a_new_process_scores_as_the_live_network(exported, live_scores, tmp_path):
@@ -197,7 +197,7 @@ def test_an_edited_list_of_programs_is_refused(copy, programs):
 
 def test_a_program_that_does_not_fit_is_refused_though_its_checksum_does(classifier, copy):
     def serialize(network, platform):
-        return serialize_program(network.forward("float32"), network.folded_weights("float32"), 32, platform)
+        return serialize_program(network.forward, network.folded_weights("float32"), 32, platform)
 
     programs = {
         "takes other weights or images": serialize(create_model("resnet18", 4, image_size=32), "cpu"),
@@ -229,7 +229,7 @@ def test_unknown_platforms_are_refused(classifier, exported, platforms):
 
 def test_a_program_that_scores_otherwise_is_not_written(classifier, copy, monkeypatch):
     shutil.rmtree(copy / "program")
-    forward = type(classifier.forward("float32"))
+    forward = type(classifier.forward)
     call = forward.__call__
     monkeypatch.setattr(forward, "__call__", lambda self, *arguments: 1.01 * call(self, *arguments))
     with pytest.raises(ClassifierError, match="scores differ from the saved ones"):

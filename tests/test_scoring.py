@@ -113,14 +113,15 @@ def test_a_scorer_compiles_nothing_and_scores_as_predict(
     assert_close(one, predictions.scores[indices])
 
 
-def test_scores_of_the_network_by_hand(classifier, photos, predictions):
+@pytest.mark.parametrize(("precision", "tolerance"), [("float32", 1e-5), ("bfloat16", 0.02)])
+def test_scores_of_the_network_by_hand(classifier, photos, precision, tolerance):
+    predictions = predict(classifier, photos, precision=precision)
     images = network_inputs(classifier, photos, [0, 6])
     pixels = (images / 255 - np.asarray([0.485, 0.456, 0.406])) / np.asarray([0.229, 0.224, 0.225])
     apply = jax.jit(make_apply("resnet18"), static_argnames="train", compiler_options=QUICK_TO_COMPILE)
     features, _ = apply(classifier.backbone.variables, pixels.astype(np.float32), train=False)
-    assert_close(
-        predictions.scores[[0, 6]], np.asarray(features) @ classifier.head.kernel + classifier.head.bias
-    )
+    expected = np.asarray(features) @ classifier.head.kernel + classifier.head.bias
+    assert_close(predictions.scores[[0, 6]], expected, tolerance)
 
 
 @pytest.mark.parametrize("batch_sizes", [(), (0,), (1, -2)])

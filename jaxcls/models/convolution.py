@@ -2,7 +2,8 @@
 
 Accelerators run XLA's own operations. On CPU four of those are slow, each by the measurements of
 `python -m benchmarks.convolution`, and have a stand-in: 1x1 convolutions, those of very small pictures, the
-gradient of a max pool, and (by `compiler_options`) gradients with respect to kernels.
+gradient of a max pool, and (by `compiler_options`) gradients with respect to kernels. So has every
+convolution with a bfloat16 kernel: CPUs that multiply bfloat16 do so at twice the rate, XLA only in dots.
 """
 
 import math
@@ -12,17 +13,24 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 # XLA's CPU compiler hands dots, convolutions and reductions to YNNPACK unless told which. YNNPACK takes 1.4
 # to 10 times as long as Eigen for the gradient of a 3x3 kernel, a convolution with a window as large as the
-# picture, and longer for the forward convolutions too; only its reductions pay.
-_CPU_OPTIONS = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"}
+# picture, and longer for the forward convolutions too; its reductions pay, and of the dots those in bfloat16,
+# which Eigen converts to float32.
+_CPU_OPTIONS = {
+    "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT,LIBRARY_FUSION_TYPE_REDUCE"
+}
 
 
 MAX_PATCHES = 4
 """Outputs per picture up to which a convolution is a product of patches on CPU: at 2x2 and 256 channels, 0.9
 instead of 22 ms with both gradients; at 4x4 there is no difference, and beyond it is slower."""
+
+MIN_CHANNELS = 16
+"""Channels below which a sum of bfloat16 products is slower than a float32 convolution: the stem has 3."""
 
 
 @cache
@@ -38,11 +46,12 @@ def compiler_options(platform: str) -> dict[str, Any]:
 
 
 def convolve(x: jax.Array, kernel: jax.Array, *, stride: int = 1, padding: int = 0) -> jax.Array:
-    """Convolve [B, H, W, C] with a kernel [h, w, C, F] of the same dtype.
+    """Convolve [B, H, W, C] with a kernel [h, w, C, F].
 
     Args:
         x: the input.
-        kernel: square or not.
+        kernel: square or not, in the dtype of `x`; or bfloat16 where `x` is float32, as suits CPUs: then
+            products are of bfloat16, their sums float32.
         stride: along height and width.
         padding: zeros on each of the four sides, as torch pads.
 
@@ -50,6 +59,10 @@ def convolve(x: jax.Array, kernel: jax.Array, *, stride: int = 1, padding: int =
         [B, H', W', F] in the dtype of `x`, where H' = (H + 2 * padding - h) // stride + 1.
     """
     convolution = partial(_convolution, stride=stride, padding=padding)
+    if kernel.dtype != x.dtype:
+        if x.shape[-1] < MIN_CHANNELS:
+            return convolution(x, kernel.astype(x.dtype))
+        return _sum_of_products(x, kernel, stride, padding)
     if kernel.shape[:2] == (1, 1) and padding == 0:
         return by_platform(partial(_product, stride=stride), convolution)(x, kernel)
     if math.prod(_output_size(x, kernel, stride, padding)) <= MAX_PATCHES:
@@ -64,6 +77,16 @@ def max_pool(x: jax.Array) -> jax.Array:
         [B, (H + 1) // 2, (W + 1) // 2, C]. Of equal largest values the first has the gradient.
     """
     return by_platform(_max_pool_with_own_gradient, _window_maximum)(x)
+
+
+def to_bits(x: jax.Array) -> jax.Array:
+    """bfloat16 as uint16, to be cut: XLA's CPU compiler would first convert all of it to float32."""
+    return lax.bitcast_convert_type(x, jnp.uint16) if x.dtype == jnp.bfloat16 else x
+
+
+def from_bits(x: jax.Array) -> jax.Array:
+    """What `to_bits` was given."""
+    return lax.bitcast_convert_type(x, jnp.bfloat16) if x.dtype == jnp.uint16 else x
 
 
 def by_platform(on_cpu: Callable[..., Any], elsewhere: Callable[..., Any]) -> Callable[..., Any]:
@@ -123,6 +146,27 @@ def _patch_product(x: jax.Array, kernel: jax.Array, stride: int, padding: int) -
     matrix = kernel.reshape(-1, kernel.shape[-1])
     product = jnp.concatenate(patches, axis=-1).reshape(-1, len(matrix)) @ matrix
     return product.reshape(x.shape[0], height, width, kernel.shape[-1])
+
+
+def _sum_of_products(x: jax.Array, kernel: jax.Array, stride: int, padding: int) -> jax.Array:
+    """Over the places in the kernel: what the outputs see there, as rows, times the place's matrix."""
+    height, width = _output_size(x, kernel, stride, padding)
+    around = (padding, padding)
+    bits = to_bits(jnp.pad(x.astype(kernel.dtype), ((0, 0), around, around, (0, 0))))
+    extent = (x.shape[0], (height - 1) * stride + 1, (width - 1) * stride + 1, x.shape[-1])
+
+    def add(total: jax.Array, place: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
+        row, column, matrix = place
+        seen = lax.dynamic_slice(bits, (0, row, column, 0), extent)[:, ::stride, ::stride]
+        rows = from_bits(seen).reshape(-1, seen.shape[-1])
+        return total + jnp.matmul(rows, from_bits(matrix), preferred_element_type=jnp.float32), None
+
+    # A loop: unrolled, the network takes twice as long to compile, and is no faster.
+    places = np.indices(kernel.shape[:2], np.int32).reshape(2, -1)
+    matrices = to_bits(kernel).reshape(-1, *kernel.shape[2:])
+    start = jnp.zeros((x.shape[0] * height * width, kernel.shape[-1]), jnp.float32)
+    total, _ = lax.scan(add, start, (*places, matrices))
+    return total.reshape(x.shape[0], height, width, kernel.shape[-1])
 
 
 def _pullback(function: Callable[..., jax.Array]) -> Callable[..., Any]:

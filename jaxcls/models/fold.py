@@ -6,9 +6,12 @@ With stored statistics, batch norm is `y * s + t` for `s = scale / sqrt(var + ep
 
 All blocks of a stage but its first are alike. Their weights are stacked and `lax.scan` runs
 over them: compilation takes as long for 36 blocks as for one.
+
+On CPU only products are in bfloat16: `convolve` says how. They are so fast that memory becomes the limit,
+unless a few images at a time go through a stage, whose activations then stay in the caches of the cores.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -19,9 +22,10 @@ from jax import lax, nn
 from jax.typing import DTypeLike
 
 from jaxcls.models.architecture import BATCH_NORM_EPSILON, NUM_STAGES, norm_name
-from jaxcls.models.convolution import convolve, max_pool
+from jaxcls.models.convolution import convolve, from_bits, max_pool, to_bits
 
 Weights = Mapping[str, Any]
+Stage = Callable[[jax.Array], jax.Array]
 
 
 def fold_batch_norm(variables: Weights, dtype: DTypeLike = np.float32) -> dict[str, Any]:
@@ -29,7 +33,7 @@ def fold_batch_norm(variables: Weights, dtype: DTypeLike = np.float32) -> dict[s
 
     Args:
         variables: as `jaxcls.models.resnet` has them.
-        dtype: of the folded kernels; `apply_folded` casts those that are not in its own.
+        dtype: of the folded kernels, in which `apply_folded` will compute.
 
     Returns:
         `{"stem": {"conv"}, "stage1": {"first", "rest"}, ...}` of NumPy arrays. A block is
@@ -45,23 +49,47 @@ def fold_batch_norm(variables: Weights, dtype: DTypeLike = np.float32) -> dict[s
     return folded
 
 
-def apply_folded(weights: Weights, pixels: jax.Array, dtype: DTypeLike) -> jax.Array:
-    """Run a folded trunk.
+def apply_folded(weights: Weights, pixels: jax.Array, num_at_once: int | None = None) -> jax.Array:
+    """Run a folded trunk in the dtype of its kernels; on CPU, activations are float32 if that is bfloat16.
 
     Args:
         weights: of `fold_batch_norm`.
         pixels: [B, H, W, 3] float32, normalised.
-        dtype: of the convolutions and the activations.
+        num_at_once: how many images go through the first stage at once, as far as B can be divided so;
+            through each further stage twice as many. None: all, in one pass.
 
     Returns:
         Pooled features [B, D] float32.
     """
-    x = nn.relu(_convolve(weights["stem"]["conv"], pixels.astype(dtype), stride=2)).astype(dtype)
-    x = max_pool(x)
-    for stage in _stages():
-        x = _apply_block(weights[stage]["first"], x, stride=1 if stage == "stage1" else 2)
-        x, _ = lax.scan(lambda x, block: (_apply_block(block, x), None), x, weights[stage]["rest"])
+    dtype = weights["stem"]["conv"]["kernel"].dtype
+    trunk = partial(_trunk, dtype=dtype, num_at_once=num_at_once)
+    if dtype != jnp.bfloat16:
+        return trunk(weights, pixels)
+    return lax.platform_dependent(
+        weights, pixels, cpu=partial(trunk, dtype=jnp.dtype(jnp.float32)), default=trunk
+    )
+
+
+def _trunk(weights: Weights, pixels: jax.Array, dtype: jnp.dtype, num_at_once: int | None) -> jax.Array:
+    def first_stage(pixels: jax.Array) -> jax.Array:
+        x = nn.relu(_convolve(weights["stem"]["conv"], pixels, stride=2)).astype(dtype)
+        return _apply_stage(weights["stage1"], max_pool(x), stride=1)
+
+    stages: list[Stage] = [first_stage]
+    stages += [partial(_apply_stage, weights[name], stride=2) for name in _stages()[1:]]
+    x = pixels.astype(dtype)
+    for number, stage in enumerate(stages):
+        x = stage(x) if num_at_once is None else _in_parts(stage, x, num_at_once * 2**number)
     return jnp.mean(x, axis=(1, 2), dtype=jnp.float32)
+
+
+def _in_parts(stage: Stage, x: jax.Array, size: int) -> jax.Array:
+    """`stage(x)`, of `size` images at a time or of the next smaller number that divides theirs."""
+    if len(x) <= size:
+        return stage(x)
+    size = max(divisor for divisor in range(1, size + 1) if len(x) % divisor == 0)
+    y = lax.map(stage, x.reshape(-1, size, *x.shape[1:]))
+    return y.reshape(-1, *y.shape[2:])
 
 
 def _stages() -> list[str]:
@@ -89,6 +117,16 @@ def _fold(kernel: Any, norm: Weights, statistics: Weights, dtype: DTypeLike) -> 
     return {"kernel": folded.astype(dtype, copy=False), "bias": (shift - mean * factor).astype(np.float32)}
 
 
+def _apply_stage(weights: Weights, x: jax.Array, stride: int) -> jax.Array:
+    x = _apply_block(weights["first"], x, stride)
+    x, _ = lax.scan(
+        lambda x, bits: (_apply_block(jax.tree.map(from_bits, bits), x), None),
+        x,
+        jax.tree.map(to_bits, weights["rest"]),
+    )
+    return x
+
+
 def _apply_block(weights: Weights, x: jax.Array, stride: int = 1) -> jax.Array:
     conv = {name: partial(_convolve, module) for name, module in weights.items()}
     shortcut = conv["shortcut_conv"](x, stride) if "shortcut_conv" in conv else x
@@ -104,7 +142,7 @@ def _apply_block(weights: Weights, x: jax.Array, stride: int = 1) -> jax.Array:
 
 def _convolve(weights: Weights, x: jax.Array, stride: int = 1) -> jax.Array:
     """Convolution plus bias, padded to keep the resolution; the sum is float32."""
-    kernel = weights["kernel"].astype(x.dtype)
+    kernel = weights["kernel"]
     return (
         convolve(x, kernel, stride=stride, padding=kernel.shape[0] // 2) + weights["bias"][None, None, None]
     )

@@ -31,7 +31,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from jaxcls.classifier import Classifier, compare_with_parity, load
 from jaxcls.data.download import fetch_sync
 from jaxcls.errors import ClassifierError, JaxclsError, ServiceError, UsageError
-from jaxcls.models.precision import compute_dtype
+from jaxcls.models.precision import scoring_dtype
 from jaxcls.parallel import use_compilation_cache
 from jaxcls.scoring import make_scorer
 from jaxcls.serving.admission import Admission
@@ -153,7 +153,7 @@ def check_all_sizes(score: Score, config: ServiceConfig, path: Path) -> None:
     Raises:
         ClassifierError: they differ from the saved scores.
     """
-    dtype = np.dtype(compute_dtype(config.precision)).name
+    dtype = scoring_dtype(config.precision)
     for size in config.batch_sizes:
         compare_with_parity(functools.partial(_score_padded, score, size), path, dtype)
 

@@ -48,6 +48,26 @@ def test_value_and_gradients_agree_with_torch(size, stride, padding, picture):
     assert_close(gradients[1], kernel_torch.grad.numpy().transpose(2, 3, 1, 0))
 
 
+@pytest.mark.parametrize("picture", [(9, 14), (1, 1), (2, 2)])
+@pytest.mark.parametrize(
+    ("size", "stride", "padding", "channels"),
+    [(1, 1, 0, 24), (1, 2, 0, 24), (3, 1, 1, 24), (3, 2, 1, 24), (7, 2, 3, 3)],
+)
+def test_bfloat16_kernels_round_the_products_alone(size, stride, padding, channels, picture):
+    """The sums are float32, and few channels stay float32 altogether."""
+    torch = pytest.importorskip("torch", reason="torch is the oracle")
+    x, kernel = draw(2, *picture, channels), jnp.asarray(draw(size, size, channels, 32, seed=1), jnp.bfloat16)
+    value = jax.jit(partial(convolve, stride=stride, padding=padding))(x, kernel)
+
+    rounded = torch.from_numpy(x.transpose(0, 3, 1, 2).copy())
+    if channels >= convolution.MIN_CHANNELS:
+        rounded = rounded.bfloat16().float()
+    kernel_torch = torch.from_numpy(np.asarray(kernel, np.float32).transpose(3, 2, 0, 1).copy())
+    expected = torch.nn.functional.conv2d(rounded, kernel_torch, stride=stride, padding=padding)
+    assert value.dtype == jnp.float32
+    assert_close(value, expected.numpy().transpose(0, 2, 3, 1))
+
+
 @pytest.mark.parametrize("shape", [(2, 8, 8, 5), (2, 7, 10, 3), (1, 1, 2, 4)])
 def test_max_pool_agrees_with_torch_where_values_are_equal(shape):
     torch = pytest.importorskip("torch", reason="torch is the oracle")

@@ -42,9 +42,32 @@ def test_folded_features_are_the_unfolded_networks(architecture):
     variables = draw_variables(architecture)
     pixels = np.random.default_rng(1).standard_normal((2, 64, 64, 3), np.float32)
     expected, _ = jit(make_apply(architecture), static_argnums=2)(variables, pixels, False)
-    features = jit(apply_folded, static_argnums=2)(fold_batch_norm(variables), pixels, np.float32)
+    features = jit(apply_folded)(fold_batch_norm(variables), pixels)
     assert (features.dtype, features.shape) == (np.float32, (2, ARCHITECTURES[architecture].num_features))
     assert difference(features, expected) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [np.float32, jax.numpy.bfloat16])
+@pytest.mark.parametrize("num_at_once", [1, 2, 4])
+def test_a_few_images_at_once_give_the_same_features(dtype, num_at_once):
+    """Six images: in stages of 1, 2, 3 and 6 at once, of 2, 3, 6 and 6, or of 3, 6, 6 and 6."""
+    weights = fold_batch_norm(draw_variables("resnet18"), dtype)
+    pixels = np.random.default_rng(1).standard_normal((6, 32, 32, 3), np.float32)
+    few = jit(apply_folded, static_argnums=2)(weights, pixels, num_at_once)
+    assert difference(few, jit(apply_folded)(weights, pixels)) < 1e-6
+
+
+def test_bfloat16_is_multiplied_where_the_platform_does_it_well():
+    """On CPU all but the stem are products, of bfloat16; accelerators keep their convolutions."""
+    weights = fold_batch_norm(draw_variables("resnet18"), jax.numpy.bfloat16)
+    traced = jax.jit(apply_folded).trace(weights, np.zeros((2, 32, 32, 3), np.float32))
+    text = {platform: traced.lower(lowering_platforms=(platform,)).as_text() for platform in ("cpu", "cuda")}
+    products = [line for line in text["cpu"].splitlines() if "stablehlo.dot_general" in line]
+    assert products
+    assert all(line.count("xbf16>") == 2 for line in products)
+    assert text["cpu"].count("stablehlo.convolution") == 1
+    assert "stablehlo.dot_general" not in text["cuda"]
+    assert text["cuda"].count("stablehlo.convolution") == 20  # a loop's body once
 
 
 def test_kernels_and_biases_are_torchs():
@@ -98,7 +121,7 @@ def test_scores_of_photos_are_the_unfolded_float32_networks(shared, weights, arc
     expected = logits(jax.jit(lambda tree, pixels: unfolded(tree, pixels, False)[0]), ported.variables)
     for dtype, allowed in ((np.float32, 1e-5), (jax.numpy.bfloat16, 0.02)):
         folded = fold_batch_norm(ported.variables, dtype)
-        actual = logits(jax.jit(partial(apply_folded, dtype=dtype)), folded)
+        actual = logits(jax.jit(apply_folded), folded)
         np.testing.assert_array_equal(actual.argmax(axis=1), expected.argmax(axis=1))
         errors = np.linalg.norm(actual - expected, axis=1) / np.linalg.norm(expected, axis=1)
         assert errors.max() < allowed

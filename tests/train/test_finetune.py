@@ -159,7 +159,7 @@ def test_augmented_copies_are_not_evaluated_on(photos, backbone):
 
 def test_evaluation_counts_every_photo_once_and_matches_classes_by_name(run, one_epoch, eval_photos):
     result, _ = run
-    predictions = predict(result.classifier, eval_photos)
+    predictions = predict(result.classifier, eval_photos, precision="float32")
     last = result.history[-1]
     assert last["eval_num_seen"] == 7
     assert last["eval_num_correct"] == (predictions.predicted == predictions.labels).sum()

@@ -28,17 +28,6 @@ LIMITS: Mapping[tuple[str, str], str] = {
         "cpu",
     ): "51 % of the matrix product rate, torch 67 %: batch norm's sums, "
     "transposes for 3x3 kernel gradients, strided input gradients as dilated convolutions",
-    ("score, ResNet-18", "cpu"): "the 7x7 stem is far slower by its operations than the other convolutions; "
-    "bias and ReLU are passes of their own",
-    (
-        "score, ResNet-50",
-        "cpu",
-    ): "bias and ReLU are passes of their own; 1x1 convolutions as bfloat16 products "
-    "would be faster on this CPU and are not built",
-    (
-        "first score, warm, ResNet-50",
-        "cpu",
-    ): "of it 0.6 s make the random weights of the benchmark; to load saved ones takes 0.2 s",
     (
         "input pipeline, JPEGs of 500 px",
         "cpu",

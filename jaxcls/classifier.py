@@ -406,8 +406,9 @@ def compare_with_parity(score: Score, path: str | Path, dtype: str) -> float:
     images, expected, tolerances = load_parity(path)
     difference = float(np.abs(score(images) - expected).max() / np.abs(expected).max())
     if not difference <= tolerances[dtype]:
+        allowed = f"{tolerances[dtype]}" + ("; try precision float32" if dtype == "bfloat16" else "")
         raise ClassifierError(
-            f"{path}: scores differ from the saved ones by {difference:.1e}, allowed {tolerances[dtype]}"
+            f"{path}: scores differ from the saved ones by {difference:.1e}, allowed {allowed}"
         )
     return difference
 

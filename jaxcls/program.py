@@ -8,6 +8,7 @@ import jax.export
 import numpy as np
 
 from jaxcls.models.convolution import compiler_options
+from jaxcls.models.fold import is_bfloat16
 
 Program = Callable[[Any, Any], jax.Array]
 
@@ -41,7 +42,8 @@ def deserialize_program(data: bytes, weights: Any, image_size: int, platform: st
         raise ValueError("it takes other weights or images")
     if exported.platforms != (platform,):
         raise ValueError(f"it is for {', '.join(exported.platforms)}")
-    return jax.jit(exported.call, compiler_options=compiler_options(platform))
+    options = compiler_options(platform, bfloat16_kernels=is_bfloat16(weights))
+    return jax.jit(exported.call, compiler_options=options)
 
 
 def _abstract_arguments(weights: Any, image_size: int) -> tuple[Any, jax.ShapeDtypeStruct]:

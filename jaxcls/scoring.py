@@ -1,6 +1,5 @@
 """Compiled scoring: a classifier or backbone and images become predictions or features."""
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -19,7 +18,7 @@ from jaxcls.data.source import Item
 from jaxcls.errors import ImageError, UsageError
 from jaxcls.evaluation.thresholds import are_below
 from jaxcls.models.convolution import compiler_options
-from jaxcls.models.fold import fold_batch_norm
+from jaxcls.models.fold import fitting_at_once, fold_batch_norm, is_bfloat16
 from jaxcls.models.precision import Precision, scoring_dtype
 from jaxcls.models.pretrained import Backbone
 from jaxcls.parallel import batch_sharding, make_mesh, replicated
@@ -82,20 +81,15 @@ def _compile(
     """The executable for one batch size; the same again for all weights of a form."""
     size, platform = forward.preprocess.size, mesh.devices.flat[0].platform
     if platform == "cpu" and mesh.size == 1:
-        forward = replace(forward, num_at_once=_num_at_once(size))
+        forward = replace(forward, num_at_once=fitting_at_once(size))
     images = jax.ShapeDtypeStruct((batch_size, size, size, 3), np.uint8)
     program = jax.jit(
         forward,
         in_shardings=(replicated(mesh), batch_sharding(mesh)),
         out_shardings=batch_sharding(mesh),
-        compiler_options=compiler_options(platform),
+        compiler_options=compiler_options(platform, bfloat16_kernels=is_bfloat16(shapes)),
     )
     return program.lower(jax.tree.unflatten(structure, shapes), images).compile()
-
-
-def _num_at_once(image_size: int) -> int:
-    """An image of 224 px for each core, or as many smaller ones: what the caches of a CPU hold."""
-    return (os.cpu_count() or 1) * max(1, (224 // image_size) ** 2)
 
 
 def compile_network(

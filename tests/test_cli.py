@@ -140,6 +140,7 @@ def test_info_on_a_classifier(svm, capsys):
     out = capsys.readouterr().out
     assert "classes: blue, red" in out
     assert "parity: scores its stored images as when saved" in out
+    assert float(re.search(r"relative difference ([^)]+)\)", out)[1]) < 1e-5
 
 
 @pytest.mark.slow

@@ -103,6 +103,15 @@ def test_a_program_is_for_its_platform_and_any_batch_size(exported, platform):
     assert ("bf16" in program.mlir_module()) == (DTYPES[platform] == "bfloat16")
 
 
+def test_a_program_for_cpus_in_bfloat16(classifier, live_scores, tmp_path):
+    path = classifier.save(tmp_path / "classifier")
+    classifier.export(path, ["cpu"], precision="bfloat16")
+    score = load_program(path)
+    scale = np.abs(live_scores).max()
+    for images, expected in ((IMAGES, live_scores), (IMAGES[:1], live_scores[:1])):
+        assert 1e-5 * scale < np.abs(score(images) - expected).max() < 0.02 * scale
+
+
 @pytest.mark.slow
 def test_the_weights_are_arguments(exported, tmp_path):
     """One classifier's program scores as another of its form, with the weights that lie beside it."""
@@ -111,7 +120,7 @@ def test_the_weights_are_arguments(exported, tmp_path):
     path = other.save(tmp_path / "other")
     (path / "program").mkdir()
     put_program(path, "cpu", program)
-    expected = make_scorer(other, batch_sizes=(len(IMAGES),))(IMAGES)
+    expected = make_scorer(other, batch_sizes=(len(IMAGES),), precision="float32")(IMAGES)
     np.testing.assert_allclose(load_program(path)(IMAGES), expected, rtol=0, atol=1e-5)
 
 

@@ -9,14 +9,16 @@ import pytest
 from conftest import write_photos
 from PIL import Image
 
+from jaxcls import scoring
 from jaxcls.classifier import create_model
 from jaxcls.data.dataset import Dataset
 from jaxcls.data.folder import read_folder
 from jaxcls.data.source import MemorySource
 from jaxcls.errors import ImageError, UsageError
+from jaxcls.models import precision
 from jaxcls.models.resnet import make_apply
 from jaxcls.parallel import make_mesh
-from jaxcls.scoring import extract_features, make_scorer, predict
+from jaxcls.scoring import compile_network, extract_features, make_scorer, predict
 
 QUICK_TO_COMPILE = {"xla_backend_optimization_level": 0}
 COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
@@ -29,12 +31,12 @@ def classifier(compilation_cache):
 
 @pytest.fixture(scope="module")
 def scorer(classifier):
-    return make_scorer(classifier, batch_sizes=(4, 1, 4))
+    return make_scorer(classifier, batch_sizes=(4, 1, 4), precision="float32")
 
 
 @pytest.fixture(scope="module")
 def predictions(classifier, photos):
-    return predict(classifier, photos)
+    return predict(classifier, photos, precision="float32")
 
 
 @pytest.fixture
@@ -95,7 +97,7 @@ def test_another_classifier_of_the_form_shares_the_program(scorer, classifier, c
     head = replace(classifier.head, kernel=2 * classifier.head.kernel)
     other = replace(classifier, head=head, classes=("a", "b", "c"))
     image = np.full((1, 32, 32, 3), 200, np.uint8)
-    assert not np.array_equal(make_scorer(other, batch_sizes=(1,))(image), scorer(image))
+    assert not np.array_equal(make_scorer(other, batch_sizes=(1,), precision="float32")(image), scorer(image))
     assert compilations == []
 
 
@@ -113,15 +115,43 @@ def test_a_scorer_compiles_nothing_and_scores_as_predict(
     assert_close(one, predictions.scores[indices])
 
 
-@pytest.mark.parametrize(("precision", "tolerance"), [("float32", 1e-5), ("bfloat16", 0.02)])
-def test_scores_of_the_network_by_hand(classifier, photos, precision, tolerance):
-    predictions = predict(classifier, photos, precision=precision)
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 0.02)])
+def test_scores_of_the_network_by_hand(classifier, photos, dtype, tolerance):
+    predictions = predict(classifier, photos, precision=dtype)
     images = network_inputs(classifier, photos, [0, 6])
     pixels = (images / 255 - np.asarray([0.485, 0.456, 0.406])) / np.asarray([0.229, 0.224, 0.225])
     apply = jax.jit(make_apply("resnet18"), static_argnames="train", compiler_options=QUICK_TO_COMPILE)
     features, _ = apply(classifier.backbone.variables, pixels.astype(np.float32), train=False)
     expected = np.asarray(features) @ classifier.head.kernel + classifier.head.bias
     assert_close(predictions.scores[[0, 6]], expected, tolerance)
+
+
+@pytest.mark.parametrize(("multiplies", "dtype"), [(True, "bfloat16"), (False, "float32")])
+def test_a_cpu_scores_in_what_it_multiplies(classifier, monkeypatch, multiplies, dtype):
+    monkeypatch.setattr(precision, "cpu_multiplies_bfloat16", lambda: multiplies)
+    program = compile_network(classifier, batch_sizes=(1,))
+    _, weights = program.executables[1]
+    assert weights["backbone"]["stem"]["conv"]["kernel"].dtype == dtype
+
+
+def test_one_device_scores_a_few_images_at_once(classifier, monkeypatch):
+    """Nine images run on one of the two devices, eight on both."""
+    asked = []
+
+    def two(image_size):
+        asked.append(image_size)
+        return 2
+
+    scoring._compile.cache_clear()
+    images = np.random.default_rng(0).integers(0, 256, (9, 32, 32, 3), dtype=np.uint8)
+    expected = make_scorer(classifier, batch_sizes=(9,), precision="float32")(images)
+    scoring._compile.cache_clear()
+    monkeypatch.setattr(scoring, "fitting_at_once", two)
+    score = make_scorer(classifier, batch_sizes=(8, 9), precision="float32")
+    scoring._compile.cache_clear()
+    assert asked == [32]
+    assert_close(score(images), expected)
+    assert_close(score(images[:8]), expected[:8])
 
 
 @pytest.mark.parametrize("batch_sizes", [(), (0,), (1, -2)])
@@ -164,7 +194,7 @@ def test_every_kind_of_input_scores_alike(classifier, photos, predictions, kind)
         "arrays": [photos.image(i) for i in range(3)],
         "mixed": [paths[0], paths[1].read_bytes(), photos.image(2)],
     }[kind]
-    found = predict(classifier, items)
+    found = predict(classifier, items, precision="float32")
     assert_close(found.scores, predictions.scores[:3])
     is_path = [isinstance(item, str | Path) for item in items]
     assert found.ids == tuple(str(paths[i]) if is_path[i] else str(i) for i in range(3))
@@ -179,7 +209,7 @@ def test_no_images_is_an_error(classifier):
 def test_padding_and_devices_change_no_score(classifier, photos, predictions, batch_size):
     """16 images in batches of 5 (one device) and 6 (two); the last ones are filled up."""
     assert make_mesh(batch_size).size == (2 if batch_size == 6 else 1)
-    found = predict(classifier, photos, batch_size=batch_size)
+    found = predict(classifier, photos, batch_size=batch_size, precision="float32")
     assert_close(found.scores, predictions.scores)
     assert found.ids == predictions.ids
 
@@ -194,7 +224,7 @@ def test_a_bad_file_gets_an_error_row_and_changes_no_other(classifier, photos, p
     bad = tmp_path / "bad.png"
     bad.write_bytes(photos.source.path(1).read_bytes()[:-20])
     paths = [photos.source.path(0), bad, tmp_path / "none.png", photos.source.path(2)]
-    found = predict(classifier, paths)
+    found = predict(classifier, paths, precision="float32")
     assert set(found.errors) == {1, 2}
     assert "bad.png" in found.errors[1]
     assert "none.png" in found.errors[2]
@@ -211,7 +241,7 @@ def test_images_of_any_size(classifier, tmp_path):
 
 
 def test_features_are_what_the_head_scores(classifier, photos, predictions):
-    values, labels, ids = extract_features(classifier, photos)
+    values, labels, ids = extract_features(classifier, photos, precision="float32")
     assert (values.dtype, values.shape) == (np.float32, (16, 512))
     np.testing.assert_array_equal(labels, photos.labels)
     np.testing.assert_array_equal(ids, photos.ids)
@@ -219,7 +249,9 @@ def test_features_are_what_the_head_scores(classifier, photos, predictions):
     assert_close(predictions.scores, values @ head.kernel + head.bias)
     normalized = values / np.linalg.norm(values, axis=1, keepdims=True)
     normalizing = replace(classifier, head=replace(head, normalize=True))
-    assert_close(predict(normalizing, photos).scores, normalized @ head.kernel + head.bias)
+    assert_close(
+        predict(normalizing, photos, precision="float32").scores, normalized @ head.kernel + head.bias
+    )
 
 
 def test_features_of_a_list_have_no_labels(classifier, photos):

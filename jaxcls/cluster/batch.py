@@ -84,7 +84,8 @@ def predict(
     Columns: `id`, the photo's path or URI; `predicted`, a class name, and its `score`, float32 (null where
     unreadable or abstained); `abstained`; `error`, the message where unreadable, else null; `scores`, float32
     [K] (null where unreadable), whose kind and classes `tables.read_metadata` reads off the schema. Scores
-    differ from those of one process by rounding: XLA sums in another order with other numbers of threads.
+    differ from those of one process in the same precision by rounding: XLA sums in another order with other
+    numbers of threads.
 
     Args:
         classifier: what scores them.
@@ -93,7 +94,7 @@ def predict(
         out: a folder that all nodes see under this path, or a prefix of an object store. What an earlier run
             has left to do there is done.
         config: how the cluster divides the work.
-        precision: of the convolutions; "auto" is decided where they run.
+        precision: of the convolutions; "auto": bfloat16 on GPUs, float32 on CPUs.
         max_pixels: height times width above which a photo is refused as unreadable.
         progress: show a progress bar.
 

@@ -91,7 +91,7 @@ class Scorer:
 
     Args:
         network: a reference to a classifier or backbone, in a list, in which Ray leaves it as it is.
-        precision: of the convolutions.
+        precision: of the convolutions; "auto": bfloat16 on GPUs, float32 on CPUs.
         on_gpu: else on CPU, with one thread.
     """
 
@@ -106,6 +106,8 @@ class Scorer:
         if not on_gpu:
             jax.config.update("jax_platforms", "cpu")
             os.environ["PJRT_NPROC"] = "1"  # read by XLA as it starts its threads
+            # All nodes' rows alike, whether or not their CPUs multiply bfloat16.
+            precision = "float32" if precision == "auto" else precision
         use_compilation_cache(Storage.default().persistent / "compiled")
         self.program = compile_network(ray.get(network[0]), batch_sizes=(BATCH_SIZE,), precision=precision)
 

@@ -119,7 +119,7 @@ def _describe_classifier(path: Path) -> str:
     from jaxcls.scoring import check_parity
 
     classifier = jaxcls.load(path)
-    difference = check_parity(classifier, path)
+    difference = check_parity(classifier, path, "float32")
     names = ", ".join(classifier.classes[:20]) + (", ..." if len(classifier.classes) > 20 else "")
     return "\n".join(
         [

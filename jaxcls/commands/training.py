@@ -164,7 +164,7 @@ class Svm(TrainingCommand):
     num_folds: int = 5
     """Of the cross-validation."""
     precision: Precision = "auto"
-    """Of the convolutions."""
+    """Of the convolutions; auto: bfloat16 on accelerators and on CPUs that multiply it."""
     out: Path | None = None
     """Where to save the classifier."""
 

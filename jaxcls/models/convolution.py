@@ -2,8 +2,9 @@
 
 Accelerators run XLA's own operations. On CPU four of those are slow, each by the measurements of
 `python -m benchmarks.convolution`, and have a stand-in: 1x1 convolutions, those of very small pictures, the
-gradient of a max pool, and (by `compiler_options`) gradients with respect to kernels. So has every
-convolution with a bfloat16 kernel: CPUs that multiply bfloat16 do so at twice the rate, XLA only in dots.
+gradient of a max pool, and (by `compiler_options`) gradients with respect to kernels. Where kernels are
+bfloat16 and activations float32, convolutions are sums of products: CPUs that multiply bfloat16 do so at
+twice the rate of float32, but XLA uses that in dots alone.
 """
 
 import math
@@ -18,11 +19,11 @@ from jax import lax
 
 # XLA's CPU compiler hands dots, convolutions and reductions to YNNPACK unless told which. YNNPACK takes 1.4
 # to 10 times as long as Eigen for the gradient of a 3x3 kernel, a convolution with a window as large as the
-# picture, and longer for the forward convolutions too; its reductions pay, and of the dots those in bfloat16,
-# which Eigen converts to float32.
-_CPU_OPTIONS = {
-    "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT,LIBRARY_FUSION_TYPE_REDUCE"
-}
+# picture, and longer for the forward convolutions too; its reductions pay, and its dots of bfloat16, which
+# Eigen converts to float32. Its dots of float32 take 3 % longer in ResNet-50.
+_YNN = "xla_cpu_experimental_ynn_fusion_type"
+_CPU_OPTIONS = {_YNN: "LIBRARY_FUSION_TYPE_REDUCE"}
+_BFLOAT16_CPU_OPTIONS = {_YNN: "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT,LIBRARY_FUSION_TYPE_REDUCE"}
 
 
 MAX_PATCHES = 4
@@ -34,15 +35,16 @@ MIN_CHANNELS = 16
 
 
 @cache
-def compiler_options(platform: str) -> dict[str, Any]:
+def compiler_options(platform: str, *, bfloat16_kernels: bool = False) -> dict[str, Any]:
     """The options to compile a network for a `platform` with; none where this XLA does not know them."""
     if platform != "cpu":
         return {}
+    options = _BFLOAT16_CPU_OPTIONS if bfloat16_kernels else _CPU_OPTIONS
     try:
-        jax.jit(lambda: 0, compiler_options=_CPU_OPTIONS).lower().compile()
+        jax.jit(lambda: 0, compiler_options=options).lower().compile()
     except jax.errors.JaxRuntimeError:
         return {}
-    return _CPU_OPTIONS
+    return options
 
 
 def convolve(x: jax.Array, kernel: jax.Array, *, stride: int = 1, padding: int = 0) -> jax.Array:
@@ -51,7 +53,7 @@ def convolve(x: jax.Array, kernel: jax.Array, *, stride: int = 1, padding: int =
     Args:
         x: the input.
         kernel: square or not, in the dtype of `x`; or bfloat16 where `x` is float32, as suits CPUs: then
-            products are of bfloat16, their sums float32.
+            products are of bfloat16 (of few channels, float32), their sums float32.
         stride: along height and width.
         padding: zeros on each of the four sides, as torch pads.
 
@@ -59,7 +61,7 @@ def convolve(x: jax.Array, kernel: jax.Array, *, stride: int = 1, padding: int =
         [B, H', W', F] in the dtype of `x`, where H' = (H + 2 * padding - h) // stride + 1.
     """
     convolution = partial(_convolution, stride=stride, padding=padding)
-    if kernel.dtype != x.dtype:
+    if x.dtype == jnp.float32 and kernel.dtype == jnp.bfloat16:
         if x.shape[-1] < MIN_CHANNELS:
             return convolution(x, kernel.astype(x.dtype))
         return _sum_of_products(x, kernel, stride, padding)

@@ -11,6 +11,8 @@ On CPU only products are in bfloat16: `convolve` says how. They are so fast that
 unless a few images at a time go through a stage, whose activations then stay in the caches of the cores.
 """
 
+import math
+import os
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -26,6 +28,9 @@ from jaxcls.models.convolution import convolve, from_bits, max_pool, to_bits
 
 Weights = Mapping[str, Any]
 Stage = Callable[[jax.Array], jax.Array]
+PIXELS_AT_ONCE = 224 * 224
+"""For each thread of a CPU, in the first stage: activations of 0.8 MB. Two cores of an AMD EPYC with 1 MB of
+cache each scored batches of 16 so at 59 instead of 48 images/s with ResNet-18, with ResNet-50 30 and 28."""
 
 
 def fold_batch_norm(variables: Weights, dtype: DTypeLike = np.float32) -> dict[str, Any]:
@@ -55,8 +60,8 @@ def apply_folded(weights: Weights, pixels: jax.Array, num_at_once: int | None = 
     Args:
         weights: of `fold_batch_norm`.
         pixels: [B, H, W, 3] float32, normalised.
-        num_at_once: how many images go through the first stage at once, as far as B can be divided so;
-            through each further stage twice as many. None: all, in one pass.
+        num_at_once: about how many images go through the first stage at once, as B can be divided; through
+            each further stage twice as many. None: all, in one pass.
 
     Returns:
         Pooled features [B, D] float32.
@@ -68,6 +73,23 @@ def apply_folded(weights: Weights, pixels: jax.Array, num_at_once: int | None = 
     return lax.platform_dependent(
         weights, pixels, cpu=partial(trunk, dtype=jnp.dtype(jnp.float32)), default=trunk
     )
+
+
+def is_bfloat16(weights: Any) -> bool:
+    """Whether a tree of arrays, or of their shapes, holds kernels folded in bfloat16."""
+    return any(leaf.dtype == jnp.bfloat16 for leaf in jax.tree.leaves(weights))
+
+
+def fitting_at_once(image_size: int) -> int:
+    """How many images of `image_size` pixels square to run through the first stage at once on this CPU."""
+    return _num_threads() * max(1, PIXELS_AT_ONCE // image_size**2)
+
+
+def _num_threads() -> int:
+    """What XLA's CPU client will have or has."""
+    if limit := os.environ.get("PJRT_NPROC"):
+        return int(limit)
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _trunk(weights: Weights, pixels: jax.Array, dtype: jnp.dtype, num_at_once: int | None) -> jax.Array:
@@ -84,10 +106,11 @@ def _trunk(weights: Weights, pixels: jax.Array, dtype: jnp.dtype, num_at_once: i
 
 
 def _in_parts(stage: Stage, x: jax.Array, size: int) -> jax.Array:
-    """`stage(x)`, of `size` images at a time or of the next smaller number that divides theirs."""
-    if len(x) <= size:
+    """`stage(x)`, of `size` images at a time, or of the number nearest to it that divides theirs."""
+    divisors = [number for number in range(1, len(x) + 1) if len(x) % number == 0]
+    size = min(divisors, key=lambda number: abs(math.log(number / size)))
+    if size == len(x):
         return stage(x)
-    size = max(divisor for divisor in range(1, size + 1) if len(x) % divisor == 0)
     y = lax.map(stage, x.reshape(-1, size, *x.shape[1:]))
     return y.reshape(-1, *y.shape[2:])
 
@@ -118,12 +141,10 @@ def _fold(kernel: Any, norm: Weights, statistics: Weights, dtype: DTypeLike) -> 
 
 
 def _apply_stage(weights: Weights, x: jax.Array, stride: int) -> jax.Array:
-    x = _apply_block(weights["first"], x, stride)
-    x, _ = lax.scan(
-        lambda x, bits: (_apply_block(jax.tree.map(from_bits, bits), x), None),
-        x,
-        jax.tree.map(to_bits, weights["rest"]),
-    )
+    x, rest = _apply_block(weights["first"], x, stride), weights["rest"]
+    if x.dtype == jnp.float32:
+        rest = jax.tree.map(to_bits, rest)
+    x, _ = lax.scan(lambda x, block: (_apply_block(jax.tree.map(from_bits, block), x), None), x, rest)
     return x
 
 

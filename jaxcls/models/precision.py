@@ -13,7 +13,9 @@ _CPU_INFO = Path("/proc/cpuinfo")
 
 
 def compute_dtype(precision: Precision, platform: str | None = None) -> Any:
-    """A JAX dtype; "auto": bfloat16 on accelerators, float32 on CPU, which trains no faster in bfloat16.
+    """A JAX dtype; "auto": bfloat16 on accelerators, float32 on CPU.
+
+    A CPU trains no faster in bfloat16, and on which one a program written for CPUs will run is not known.
 
     Args:
         precision: what was asked for.

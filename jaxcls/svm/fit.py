@@ -83,7 +83,8 @@ def fit_svm(
         seed: of the folds and of liblinear.
         cache: a folder in which features are kept by content; those kept there cost no forward pass.
         num_workers: processes that decode; 0: threads.
-        precision: of the network's convolutions.
+        precision: of the network's convolutions: "float32", "bfloat16", or "auto" (bfloat16 where that is
+            faster).
         max_bad_fraction: go on without undecodable photos up to this share of the dataset.
         progress: show a progress bar.
         report: hears what was chosen, and why.

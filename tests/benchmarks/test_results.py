@@ -44,15 +44,15 @@ def test_the_table_compares_with_the_best_peer_of_the_same_file(tmp_path):
     old = {**MACHINE, "conditions": {**MACHINE["conditions"], "time": "2025-01-01T00:00:00+00:00"}}
     for name, machine, ours, theirs in (("old", old, 9.0, 1.0), ("new", MACHINE, 4.0, 5.0)):
         results = Results(tmp_path / f"{name}.json", machine)
-        results.put(rated("jaxcls", ours))
-        results.put(rated("torch-eager-float32", theirs))
-        results.put(rated("torch-compile-float32", theirs - 0.5))
+        results.put(rated("jaxcls", ours, dtype="bfloat16"))
+        results.put(rated("torch-eager-float32", theirs, dtype="float32"))
+        results.put(rated("torch-compile-float32", theirs - 0.5, dtype="float32"))
         results.put(rated("torch-eager-bfloat16", 100.0))
         results.put({"benchmark": "train_step", "work": "train", "subject": "torch-x-float32", "note": "no"})
     question = "train, device only, ResNet-50"
     limits = {(question, "cpu"): "the cores"}
     cells = cells_of(table.make_table(read_results(tmp_path), limits), question)
-    assert cells[3:] == ["4/s", "5/s, torch-eager-float32", "**0.80**", "`new.json`", "the cores"]
+    assert cells[3:] == ["4/s in bfloat16", "5/s, torch-eager-float32", "**0.80**", "`new.json`", "the cores"]
 
 
 def test_what_was_not_measured_is_said_not_to_be(tmp_path):

@@ -54,18 +54,24 @@ def test_value_and_gradients_agree_with_torch(size, stride, padding, picture):
     [(1, 1, 0, 24), (1, 2, 0, 24), (3, 1, 1, 24), (3, 2, 1, 24), (7, 2, 3, 3)],
 )
 def test_bfloat16_kernels_round_the_products_alone(size, stride, padding, channels, picture):
-    """The sums are float32, and few channels stay float32 altogether."""
-    torch = pytest.importorskip("torch", reason="torch is the oracle")
+    """As XLA convolves rounded values in float32; few channels are not rounded."""
     x, kernel = draw(2, *picture, channels), jnp.asarray(draw(size, size, channels, 32, seed=1), jnp.bfloat16)
     value = jax.jit(partial(convolve, stride=stride, padding=padding))(x, kernel)
-
-    rounded = torch.from_numpy(x.transpose(0, 3, 1, 2).copy())
-    if channels >= convolution.MIN_CHANNELS:
-        rounded = rounded.bfloat16().float()
-    kernel_torch = torch.from_numpy(np.asarray(kernel, np.float32).transpose(3, 2, 0, 1).copy())
-    expected = torch.nn.functional.conv2d(rounded, kernel_torch, stride=stride, padding=padding)
+    rounded = x if channels == 3 else jnp.asarray(x, jnp.bfloat16).astype(jnp.float32)
+    expected = jax.lax.conv_general_dilated(
+        rounded,
+        kernel.astype(jnp.float32),
+        (stride, stride),
+        [(padding, padding)] * 2,
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )
     assert value.dtype == jnp.float32
-    assert_close(value, expected.numpy().transpose(0, 2, 3, 1))
+    assert_close(value, expected)
+
+
+def test_other_dtypes_are_not_mixed():
+    with pytest.raises(TypeError, match="dtype"):
+        convolve(jnp.zeros((1, 4, 4, 24), jnp.bfloat16), jnp.zeros((3, 3, 24, 32)), padding=1)
 
 
 @pytest.mark.parametrize("shape", [(2, 8, 8, 5), (2, 7, 10, 3), (1, 1, 2, 4)])
@@ -112,7 +118,9 @@ def test_accelerators_keep_the_operations_of_xla():
 
 def test_only_the_cpu_has_compiler_options_and_only_known_ones(monkeypatch):
     compiler_options.cache_clear()
-    assert compiler_options("cuda") == {}
+    assert compiler_options("cuda", bfloat16_kernels=True) == {}
+    assert compiler_options("cpu") != compiler_options("cpu", bfloat16_kernels=True)
+    compiler_options.cache_clear()
     monkeypatch.setattr(convolution, "_CPU_OPTIONS", {"xla_cpu_no_such_option": True})
     assert compiler_options("cpu") == {}
     compiler_options.cache_clear()

@@ -1,6 +1,7 @@
 """The folded network against the unfolded one, and folded kernels against torch's."""
 
 import csv
+import os
 from functools import partial
 
 import jax
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 
 from jaxcls.models.architecture import ARCHITECTURES, abstract_variables
-from jaxcls.models.fold import apply_folded, fold_batch_norm
+from jaxcls.models.fold import _in_parts, apply_folded, fitting_at_once, fold_batch_norm
 from jaxcls.models.port import read_state_dict, to_variables
 from jaxcls.models.resnet import make_apply
 from jaxcls.preprocess import Preprocess
@@ -48,13 +49,36 @@ def test_folded_features_are_the_unfolded_networks(architecture):
 
 
 @pytest.mark.parametrize("dtype", [np.float32, jax.numpy.bfloat16])
-@pytest.mark.parametrize("num_at_once", [1, 2, 4])
+@pytest.mark.parametrize("num_at_once", [1, 2])
 def test_a_few_images_at_once_give_the_same_features(dtype, num_at_once):
-    """Six images: in stages of 1, 2, 3 and 6 at once, of 2, 3, 6 and 6, or of 3, 6, 6 and 6."""
+    """Six images: by stages 1, 2, 3 and 6 at once, or 2, 3, 6 and 6."""
     weights = fold_batch_norm(draw_variables("resnet18"), dtype)
     pixels = np.random.default_rng(1).standard_normal((6, 32, 32, 3), np.float32)
     few = jit(apply_folded, static_argnums=2)(weights, pixels, num_at_once)
     assert difference(few, jit(apply_folded)(weights, pixels)) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("num_images", "size", "expected"),
+    [(6, 4, 3), (64, 16, 16), (5, 8, 5), (61, 16, 61), (61, 4, 1), (7, 1, 1)],
+)
+def test_a_batch_is_divided_into_parts_near_the_size_wanted(num_images, size, expected):
+    sizes = []
+
+    def stage(x):
+        sizes.append(len(x))
+        return 2 * x
+
+    x = np.arange(num_images, dtype=np.float32)[:, None]
+    np.testing.assert_array_equal(_in_parts(stage, x, size), 2 * x)
+    assert set(sizes) == {expected}
+
+
+def test_as_many_images_at_once_as_suit_the_threads(monkeypatch):
+    monkeypatch.setenv("PJRT_NPROC", "3")
+    assert [fitting_at_once(size) for size in (32, 128, 224, 500)] == [147, 9, 3, 3]
+    monkeypatch.delenv("PJRT_NPROC")
+    assert fitting_at_once(224) == len(os.sched_getaffinity(0))
 
 
 def test_bfloat16_is_multiplied_where_the_platform_does_it_well():
@@ -68,6 +92,7 @@ def test_bfloat16_is_multiplied_where_the_platform_does_it_well():
     assert text["cpu"].count("stablehlo.convolution") == 1
     assert "stablehlo.dot_general" not in text["cuda"]
     assert text["cuda"].count("stablehlo.convolution") == 20  # a loop's body once
+    assert "bitcast_convert" not in text["cuda"]
 
 
 def test_kernels_and_biases_are_torchs():

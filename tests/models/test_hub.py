@@ -118,7 +118,7 @@ def test_transformers_gives_the_same_logits(architecture, tmp_path, compilation_
     classifier = draw_classifier(architecture, Preprocess(size=64))
     network, processor = load_with_transformers(classifier.export_hub(tmp_path / "hub"))
     photos = [draw_photo(90, 120), draw_photo(200, 100)]
-    scores = jaxcls.predict(classifier, photos).scores
+    scores = jaxcls.predict(classifier, photos, precision="float32").scores
     images = np.stack([classifier.preprocess.resize_and_crop(photo) for photo in photos])
     pixels = classifier.preprocess.normalize(images)
     logits = run_torch(network, pixels)

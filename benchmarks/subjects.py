@@ -59,12 +59,12 @@ def train(task: Task) -> Program:
 
 def score(task: Task) -> Program:
     """The program of `make_scorer`, on images that are on the device."""
-    return JaxScoring(*_compile_scoring(task, _model(task)))
+    return JaxScoring(*_compile_scoring(task))
 
 
 def features(task: Task) -> Program:
     """The program of `extract_features`, with the features copied to the host."""
-    return JaxFeatures(*_compile_features(task, _model(task)))
+    return JaxFeatures(*_compile_features(task))
 
 
 def first_step(task: Task) -> dict[str, Any]:
@@ -78,10 +78,11 @@ def save(task: Task) -> dict[str, Any]:
 
 
 def first_score(task: Task) -> dict[str, Any]:
-    """The saved classifier loaded and one batch scored, in a new process."""
+    """The saved classifier loaded and one batch scored, in a new process; its cost would take time to know."""
 
     def load_and_compile(task: Task) -> Program:
-        return JaxScoring(*_compile_scoring(task, load(os.environ[SAVED_CLASSIFIER])))
+        classifier, dtype = load(os.environ[SAVED_CLASSIFIER]), scoring_dtype(_precision(task))
+        return JaxScoring(*_compile(task, classifier.forward, classifier.folded_weights(dtype), dtype))
 
     return first_run(load_and_compile, task)
 
@@ -93,12 +94,12 @@ def memory_train(task: Task) -> dict[str, Any]:
 
 def memory_score(task: Task) -> dict[str, Any]:
     """What the scoring program needs, compiled and not run."""
-    return _compile_scoring(task, _model(task))[-1]
+    return _compile_scoring(task)[-1]
 
 
 def logits(task: Task) -> dict[str, Any]:
     """float32 [B, K] logits of fixed images under fixed weights, as nested lists."""
-    program, inputs, _, details = _compile_scoring(task, _model(task))
+    program, inputs, _, details = _compile_scoring(task)
     return {"logits": np.asarray(program(inputs[0])).tolist(), "dtype": details["dtype"]}
 
 
@@ -210,53 +211,52 @@ def _compile_training(task: Task) -> tuple[Any, Any, list[tuple[Any, ...]], dict
     return step_and_loss, state, batches, {"dtype": _dtype(precision), **details}
 
 
-def _compile_scoring(task: Task, classifier: Classifier) -> tuple[Any, list[Any], int, dict[str, Any]]:
-    dtype = scoring_dtype(_precision(task))
-    return _compile(task, classifier.backbone, classifier.forward, classifier.folded_weights(dtype), dtype)
+Compiled = tuple[Any, list[Any], int, dict[str, Any]]
 
 
-def _compile_features(task: Task, classifier: Classifier) -> tuple[Any, list[Any], int, dict[str, Any]]:
-    backbone, dtype = classifier.backbone, scoring_dtype(_precision(task))
+def _compile_scoring(task: Task) -> Compiled:
+    classifier, dtype = _model(task), scoring_dtype(_precision(task))
+    compiled = _compile(task, classifier.forward, classifier.folded_weights(dtype), dtype)
+    return _with_cost(compiled, classifier.backbone)
+
+
+def _compile_features(task: Task) -> Compiled:
+    backbone, dtype = _model(task).backbone, scoring_dtype(_precision(task))
     forward = Forward(backbone.architecture, backbone.preprocess)
-    return _compile(task, backbone, forward, {"backbone": fold_batch_norm(backbone.variables, dtype)}, dtype)
+    weights = {"backbone": fold_batch_norm(backbone.variables, dtype)}
+    return _with_cost(_compile(task, forward, weights, dtype), backbone)
 
 
-def _compile(
-    task: Task, backbone: Backbone, forward: Forward, weights: Any, dtype: str
-) -> tuple[Any, list[Any], int, dict[str, Any]]:
-    """The arguments of `JaxScoring`: program, images on the device, batch size, cost."""
+def _compile(task: Task, forward: Forward, weights: Any, dtype: str) -> Compiled:
+    """The arguments of `JaxScoring`: program, images on the device, batch size, and what is known of it."""
     from jaxcls.scoring import compile_program
 
     start = time.perf_counter()
     program = compile_program(forward, weights, (task.batch_size,))
     compile_seconds = time.perf_counter() - start
     images = [random_images(task.batch_size, task.image_size, n) for n in range(NUM_INPUTS)]
-    mesh = make_mesh(task.batch_size)
+    sharding = batch_sharding(make_mesh(task.batch_size))
     executable, _ = program.executables[task.batch_size]
-    details = {
-        "dtype": dtype,
-        **_cost(backbone, dtype, images[0], mesh.size),
-        "compile_seconds": compile_seconds,
-        "memory": memory_of(executable),
-    }
-    return (
-        program,
-        [jax.device_put(image, batch_sharding(mesh)) for image in images],
-        task.batch_size,
-        details,
-    )
+    details = {"dtype": dtype, "compile_seconds": compile_seconds, "memory": memory_of(executable)}
+    return program, [jax.device_put(image, sharding) for image in images], task.batch_size, details
 
 
-def _cost(backbone: Backbone, dtype: str, images: np.ndarray, num_devices: int) -> dict[str, Any]:
+def _with_cost(compiled: Compiled, backbone: Backbone) -> Compiled:
+    program, images, batch_size, details = compiled
+    return program, images, batch_size, {**_cost(backbone, details["dtype"], images[0]), **details}
+
+
+def _cost(backbone: Backbone, dtype: str, images: jax.Array) -> dict[str, Any]:
     """FLOPs and bytes of the unfolded network: of the folded one's loops XLA counts one round alone."""
     apply, normalize = make_apply(backbone.architecture, dtype=np.dtype(dtype)), backbone.preprocess.normalize
-    sharding = batch_sharding(make_mesh(len(images)))
+    mesh = make_mesh(len(images))
+    sharding = batch_sharding(mesh)
 
     def features(variables: Any, images: jax.Array) -> jax.Array:
         return apply(variables, normalize(images), train=False)[0]
 
     program = jax.jit(features, in_shardings=(None, sharding), out_shardings=sharding)
-    _, details = compile_with_details(program, backbone.variables, images, num_devices=num_devices)
+    _, details = compile_with_details(program, backbone.variables, images, num_devices=mesh.size)
     return details
 
 

@@ -78,7 +78,7 @@ def save(task: Task) -> dict[str, Any]:
 
 
 def first_score(task: Task) -> dict[str, Any]:
-    """The saved classifier loaded and one batch scored, in a new process; its cost would take time to know."""
+    """The saved classifier loaded and one batch scored, in a new process. To ask for its cost takes time."""
 
     def load_and_compile(task: Task) -> Program:
         classifier, dtype = load(os.environ[SAVED_CLASSIFIER]), scoring_dtype(_precision(task))

@@ -29,6 +29,10 @@ LIMITS: Mapping[tuple[str, str], str] = {
     ): "51 % of the matrix product rate, torch 67 %: batch norm's sums, "
     "transposes for 3x3 kernel gradients, strided input gradients as dilated convolutions",
     (
+        "first score, warm, ResNet-50",
+        "cpu",
+    ): "of it 0.6 s make the random weights of the benchmark; to load saved ones takes 0.2 s",
+    (
         "input pipeline, JPEGs of 500 px",
         "cpu",
     ): "decoding itself costs the same; views are cut by two resizes in a fixed order, as on a device, and "

@@ -31,7 +31,7 @@ LIMITS: Mapping[tuple[str, str], str] = {
     (
         "first score, warm, ResNet-50",
         "cpu",
-    ): "of it 0.6 s make the random weights of the benchmark; to load saved ones takes 0.2 s",
+    ): "imports, of JAX and of the benchmark itself, and a first batch of 16 that takes longer than later ones",
     (
         "input pipeline, JPEGs of 500 px",
         "cpu",

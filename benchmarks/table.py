@@ -31,7 +31,7 @@ LIMITS: Mapping[tuple[str, str], str] = {
     (
         "first score, warm, ResNet-50",
         "cpu",
-    ): "imports, of JAX and of the benchmark itself, and a first batch of 16 that takes longer than later ones",
+    ): "imports, of JAX and of the benchmark itself; a first batch of 16 takes longer than later ones",
     (
         "input pipeline, JPEGs of 500 px",
         "cpu",

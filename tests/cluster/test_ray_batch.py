@@ -164,10 +164,10 @@ def parts(folder):
 
 
 def require_like_one_process(rows, classifier, paths):
-    """Rows are those of `jaxcls.predict`: ids in order, errors, answers, and scores up to rounding."""
+    """Rows are those of `jaxcls.predict` in float32: ids, errors, answers, and scores up to rounding."""
     from jaxcls.data.dataset import from_items
 
-    alone = jaxcls.predict(classifier, replace(from_items(paths), max_pixels=MAX_PIXELS))
+    alone = jaxcls.predict(classifier, replace(from_items(paths), max_pixels=MAX_PIXELS), precision="float32")
     expected = list(alone.rows())
     for name in ("id", "error", "predicted", "abstained"):
         assert [row[name] for row in rows] == [row[name] for row in expected], name
@@ -256,7 +256,7 @@ def test_features_are_those_of_one_process_and_only_one_job_has_a_folder(
     done = batch.extract_features(classifier, [sound], out, config)
     assert done == batch.Outcome(num_photos=41, num_failed=0, num_parts=2, num_written=2)
     rows, metadata = read_rows(out)
-    values, _, ids = jaxcls.extract_features(classifier, sorted(sound.iterdir()))
+    values, _, ids = jaxcls.extract_features(classifier, sorted(sound.iterdir()), precision="float32")
     assert [row["id"] for row in rows] == list(ids)
     np.testing.assert_allclose(matrix(rows, "features", 512), values, rtol=1e-4, atol=1e-5)
     assert metadata == {"num_features": 512}
@@ -303,7 +303,7 @@ def test_objects_are_scored_where_they_lie(cluster, store, classifier, photos, t
     assert errors.keys() == {gone, cut}
     assert errors[gone] == f"{gone}: cannot be read: No such object"
     assert errors[cut].startswith(f"{cut}: damaged")
-    alone = jaxcls.predict(classifier, paths)
+    alone = jaxcls.predict(classifier, paths, precision="float32")
     kept = [i for i, row in enumerate(rows) if row["error"] is None]
     np.testing.assert_allclose(matrix(rows, "scores", 3)[kept], alone.scores[kept], rtol=1e-5, atol=1e-5)
     store.delete_file(f"{BUCKET}/scores/part-0000001.parquet")

@@ -25,6 +25,7 @@ from jaxcls.cluster import batch
 from jaxcls.cluster.files import find_photos
 from jaxcls.cluster.session import connected
 from jaxcls.cluster.stages import BATCH_SIZE
+from jaxcls.models.precision import Precision
 from jaxcls.parallel import use_compilation_cache
 from jaxcls.predictions import Predictions
 from jaxcls.scoring import predict
@@ -33,6 +34,7 @@ from jaxcls.storage import Storage
 NUM_PHOTOS, PHOTO_SIDE, SHARD_SIZE = 384, 500, BATCH_SIZE
 NUM_TINY_PHOTOS, TINY_SHARD_SIZE = 64, 8
 NUM_ACTORS = (1, 2)
+PRECISION: Precision = "float32"  # "auto" differs: of workers on CPUs it is float32, whatever the CPU
 
 Rate = tuple[float, float]
 """Images a second, and seconds of the job."""
@@ -71,7 +73,7 @@ def _one_process(classifier: Classifier, photos: Path) -> Rate:
 
 
 def _alone(classifier: Classifier, photos: Path) -> Predictions:
-    return predict(classifier, find_photos([str(photos)]))
+    return predict(classifier, find_photos([str(photos)]), precision=PRECISION)
 
 
 def _on_ray(
@@ -80,7 +82,7 @@ def _on_ray(
     out = scratch_folder() / "scores"
     config = batch.BatchConfig(num_actors=num_actors, shard_size=shard_size)
     start = time.perf_counter()
-    batch.predict(classifier, [photos], out, config)
+    batch.predict(classifier, [photos], out, config, precision=PRECISION)
     seconds = time.perf_counter() - start
     _require_same(out, expected)
     times = sorted(path.stat().st_mtime for path in out.glob("part-*.parquet"))

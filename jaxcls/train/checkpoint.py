@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 ARRAYS, PROGRESS, CHECKSUMS = "arrays", "progress.json", "sha256sums"
 FORMAT, FORMAT_VERSION = "jaxcls-checkpoint", 1
 PARTIAL = ".partial"
+OLD = f".old{PARTIAL}"
 
 
 @dataclass(frozen=True)
@@ -147,6 +148,10 @@ class Checkpoints:
             UsageError: they belong to another run.
         """
         notes: list[str] = []
+        for old in self.folder.glob(f"*{OLD}"):
+            path = old.with_name(old.name.removesuffix(OLD))
+            if not path.exists():  # killed before the new one was in its place
+                old.rename(path)
         useless = list(self.folder.glob(f"*{PARTIAL}"))
         for path in reversed(_complete(self.folder)):
             if problem := find_damage(path):
@@ -286,7 +291,7 @@ def _require_room(folder: Path, snapshot: Snapshot) -> None:
 
 
 def _put_in_place(new: Path, path: Path) -> None:
-    old = path.with_suffix(f".old{PARTIAL}")
+    old = path.with_suffix(OLD)
     shutil.rmtree(old, ignore_errors=True)
     if path.exists():  # written before the evaluation of its epoch
         path.rename(old)

@@ -315,6 +315,17 @@ def test_what_was_being_written_first_of_all_is_cleared_away(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_one_that_was_being_replaced_is_not_lost(tmp_path):
+    checkpoints = open_checkpoints(tmp_path)
+    checkpoints.save(make_snapshot(3))
+    checkpoints.wait()
+    (tmp_path / "00000003").rename(tmp_path / "00000003.old.partial")
+    (tmp_path / "00000003.partial").mkdir()
+    snapshot, notes = open_checkpoints(tmp_path).restore(LIKE)
+    assert (snapshot.step, notes) == (3, [])
+    assert [path.name for path in tmp_path.iterdir()] == ["00000003"]
+
+
 def test_what_was_saved_is_restored(two_checkpoints):
     snapshot, notes = open_checkpoints(two_checkpoints).restore(LIKE)
     assert_same(vars(snapshot.state), vars(make_snapshot(6).state))

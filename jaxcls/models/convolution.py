@@ -1,10 +1,13 @@
 """One convolution and one max pool, lowered as suits platform and shape; training and scoring both use them.
 
-Accelerators run XLA's own operations. On CPU four of those are slow, each by the measurements of
-`python -m benchmarks.convolution`, and have a stand-in: 1x1 convolutions, those of very small pictures, the
-gradient of a max pool, and (by `compiler_options`) gradients with respect to kernels. Where kernels are
-bfloat16 and activations float32, convolutions are sums of products: CPUs that multiply bfloat16 do so at
-twice the rate of float32, but XLA uses that in dots alone.
+Accelerators run XLA's own convolutions. On CPU three kinds of those are slow, each by the measurements of
+`python -m benchmarks.convolution`, and have a stand-in: 1x1 convolutions, those of very small pictures, and
+(by `compiler_options`) gradients with respect to kernels. Where kernels are bfloat16 and activations float32,
+convolutions are sums of products: CPUs that multiply bfloat16 do so at twice the rate of float32, but XLA
+uses that in dots alone.
+
+The gradient of a max pool is our own everywhere. XLA scatters it: one value after another on CPU, on GPUs by
+atomic additions, with four int32 indices a window.
 """
 
 import math
@@ -78,7 +81,7 @@ def max_pool(x: jax.Array) -> jax.Array:
     Returns:
         [B, (H + 1) // 2, (W + 1) // 2, C]. Of equal largest values the first has the gradient.
     """
-    return by_platform(_max_pool_with_own_gradient, _window_maximum)(x)
+    return _max_pool(x, x.shape[1:3])
 
 
 def to_bits(x: jax.Array) -> jax.Array:
@@ -175,50 +178,47 @@ def _pullback(function: Callable[..., jax.Array]) -> Callable[..., Any]:
     return lambda gradient, *operands: jax.vjp(function, *operands)[1](gradient)
 
 
-def _window_maximum(x: jax.Array) -> jax.Array:
-    # A literal, not an array, as its start: only then has this operation a gradient.
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _max_pool(x: jax.Array, size: tuple[int, int]) -> jax.Array:
     around = ((0, 0), (1, 1), (1, 1), (0, 0))
     return lax.reduce_window(x, -jnp.inf, lax.max, (1, 3, 3, 1), (1, 2, 2, 1), around)
 
 
-@jax.custom_vjp
-def _max_pool_with_own_gradient(x: jax.Array) -> jax.Array:
-    return _window_maximum(x)
-
-
-def _max_pool_backward(x: jax.Array, gradient: jax.Array) -> tuple[jax.Array]:
-    """Each value gathers from the windows that it lies in; XLA's scatter takes five times as long."""
-    height, width = gradient.shape[1:3]
-    place = jnp.pad(_place_of_maximum(x, height, width), ((0, 0), (0, 1), (0, 1), (0, 0)), constant_values=9)
-    gradient = jnp.pad(gradient, ((0, 0), (0, 1), (0, 1), (0, 0)))
-
-    def gathered(row: int, column: int) -> jax.Array:
-        """The gradient of the values in even (0) or odd (1) rows and columns."""
-        total = jnp.zeros((), x.dtype)
-        for i, below in _WINDOWS[row]:
-            for j, right in _WINDOWS[column]:
-                window = (slice(None), slice(below, below + height), slice(right, right + width))
-                total += jnp.where(place[window] == 3 * i + j, gradient[window], 0)
-        return total
-
-    rows = [jnp.stack([gathered(row, column) for column in (0, 1)], axis=3) for row in (0, 1)]
-    B, H, W, C = x.shape
-    return (jnp.stack(rows, axis=2).reshape(B, 2 * height, 2 * width, C)[:, :H, :W],)
-
-
-# Of an even and of an odd row: its place in each window that it lies in, and which window after the first.
-_WINDOWS = (((1, 0),), ((2, 0), (0, 1)))
-
-
-def _place_of_maximum(x: jax.Array, height: int, width: int) -> jax.Array:
-    """int32: where in its window, 0 to 8 row by row, the first of the largest values stands."""
+def _max_pool_forward(x: jax.Array, size: tuple[int, int]) -> tuple[jax.Array, jax.Array]:
+    """Also where in its window, 0 to 8 row by row, the first of the largest values stands."""
+    height, width = ((extent + 1) // 2 for extent in size)
     x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=-jnp.inf)
     values = [x[:, i::2, j::2][:, :height, :width] for i in range(3) for j in range(3)]
-    largest, place = values[0], jnp.zeros(values[0].shape, jnp.int32)
+    largest, place = values[0], jnp.zeros(values[0].shape, jnp.int8)
     for index, value in enumerate(values[1:], start=1):
-        place = jnp.where(value > largest, index, place)
+        place = jnp.where(value > largest, jnp.int8(index), place)
         largest = jnp.maximum(largest, value)
-    return place
+    return largest, place
 
 
-_max_pool_with_own_gradient.defvjp(lambda x: (_window_maximum(x), x), _max_pool_backward)
+def _max_pool_backward(size: tuple[int, int], place: jax.Array, gradient: jax.Array) -> tuple[jax.Array]:
+    """Each value gathers from the windows that it lies in, at most two rows and two columns of them."""
+    total = jnp.zeros((), gradient.dtype)
+    for below, row in enumerate(_places_in_windows(size[0])):
+        for right, column in enumerate(_places_in_windows(size[1])):
+            own = np.add.outer(3 * row, column)[None, :, :, None]
+            seen, weight = (_at_each_value(windows, below, right, size) for windows in (place, gradient))
+            total += jnp.where(seen == own, weight, 0)
+    return (total,)
+
+
+def _places_in_windows(extent: int) -> np.ndarray:
+    """int8 [2, extent]: where a row stands in window `row // 2` and in the next, far below 0 if outside."""
+    odd = np.arange(extent) % 2 == 1
+    return np.where(odd, [[2], [0]], [[1], [-9]]).astype(np.int8)
+
+
+def _at_each_value(windows: jax.Array, below: int, right: int, size: tuple[int, int]) -> jax.Array:
+    """[B, H, W, C]: at row i and column j the entry of window (i // 2 + below, j // 2 + right), 0 outside."""
+    B, height, width, C = windows.shape
+    windows = jnp.pad(windows[:, below:, right:], ((0, 0), (0, below), (0, right), (0, 0)))
+    each = jnp.broadcast_to(windows[:, :, None, :, None], (B, height, 2, width, 2, C))
+    return each.reshape(B, 2 * height, 2 * width, C)[:, : size[0], : size[1]]
+
+
+_max_pool.defvjp(_max_pool_forward, _max_pool_backward)

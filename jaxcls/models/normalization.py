@@ -1,10 +1,12 @@
-"""Batch norm on the statistics of the batch, with a gradient of its own on CPU.
+"""Batch norm together with what follows it in a ResNet: a shortcut is added, and ReLU cuts off.
 
-XLA's CPU compiler differentiates the formula into many passes over the activations and keeps `x - mean` of
-every layer for them: the step of ResNet-50 (batch 16, 224 px, 2 cores) took 2.14 s and 2.2 GB of scratch,
-with this gradient 1.66 s and 1.5 GB. Accelerators fuse these passes by themselves.
+Both are written so that XLA passes over the activations as rarely as it can. By itself it differentiates
+batch norm into one pass for each sum, computes the output of a block a second time to know where ReLU cut
+it off, and on CPU keeps `x - mean` of every layer. `python -m benchmarks.traffic` counts what an
+accelerator would read and write.
 """
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -12,32 +14,120 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxcls.models.architecture import BATCH_NORM_EPSILON
-from jaxcls.models.convolution import by_platform
 
 Moments = tuple[jax.Array, jax.Array]
 
 
-def normalize(x: jax.Array, scale: jax.Array, bias: jax.Array) -> tuple[jax.Array, Moments]:
+def normalize(
+    x: jax.Array, scale: jax.Array, bias: jax.Array, shortcut: jax.Array | None = None, *, relu: bool = False
+) -> tuple[jax.Array, Moments]:
     """Give each channel of [B, H, W, C] the mean `bias` and the deviation `scale`, both float32 [C].
 
+    Args:
+        x: the activations.
+        scale, bias: of the channels.
+        shortcut: added afterwards, like `x` in shape and dtype.
+        relu: then let nothing below zero through.
+
     Returns:
-        [B, H, W, C] in the dtype of `x`, and the batch's mean and biased variance, float32 [C], through
+        [B, H, W, C] in the dtype of `x`, and the mean and biased variance of `x`, float32 [C], through
         which no gradient flows.
     """
-    return by_platform(_normalize_with_own_gradient, _normalize)(x, scale, bias)
+    return _normalize(x, scale, bias, shortcut, relu)
 
 
-def normalize_by(
-    x: jax.Array, scale: jax.Array, bias: jax.Array, mean: jax.Array, variance: jax.Array
-) -> jax.Array:
-    """The same with a given mean and variance, [B, H, W, C]."""
+def stored_line(scale: jax.Array, bias: jax.Array, mean: jax.Array, variance: jax.Array) -> Moments:
+    """The `factor` and `level` [C] for which `factor * x + level` is batch norm by this mean and variance."""
     factor = lax.rsqrt(variance + BATCH_NORM_EPSILON) * scale
-    return ((x - _row(mean)) * _row(factor) + _row(bias)).astype(x.dtype)
+    return factor, bias - factor * mean
 
 
-def _normalize(x: jax.Array, scale: jax.Array, bias: jax.Array) -> tuple[jax.Array, Moments]:
-    mean, variance = _moments(x)
-    return normalize_by(x, scale, bias, mean, variance), lax.stop_gradient((mean, variance))
+def finish(x: jax.Array, level: jax.Array, shortcut: jax.Array | None, *, relu: bool) -> jax.Array:
+    """The rest of batch norm where its factor is in the kernel: the level [C], the shortcut, ReLU."""
+    x = _raise(x, level)
+    x = x if shortcut is None else shortcut + x
+    return _relu(x) if relu else x
+
+
+@jax.custom_vjp
+def _raise(x: jax.Array, level: jax.Array) -> jax.Array:
+    return x + _row(level.astype(x.dtype))
+
+
+def _raise_forward(x: jax.Array, level: jax.Array) -> tuple[jax.Array, None]:
+    return _raise(x, level), None
+
+
+def _raise_backward(_: None, gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return gradient, jnp.sum(_wide(gradient), axis=(0, 1, 2))  # not in the dtype of `x`
+
+
+_raise.defvjp(_raise_forward, _raise_backward)
+
+
+@jax.custom_vjp
+def _relu(x: jax.Array) -> jax.Array:
+    return jnp.maximum(x, 0)
+
+
+def _relu_forward(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    # The output tells as well what was cut off, and is kept anyway: the next convolution needs it.
+    y = lax.optimization_barrier(_relu(x))
+    return y, y
+
+
+def _relu_backward(y: jax.Array, gradient: jax.Array) -> tuple[jax.Array]:
+    return (jnp.where(y > 0, gradient, 0),)
+
+
+_relu.defvjp(_relu_forward, _relu_backward)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _normalize(
+    x: jax.Array, scale: jax.Array, bias: jax.Array, shortcut: jax.Array | None, relu: bool
+) -> tuple[jax.Array, Moments]:
+    return _forward(x, scale, bias, shortcut, relu)[0]
+
+
+def _forward(
+    x: jax.Array, scale: jax.Array, bias: jax.Array, shortcut: jax.Array | None, relu: bool
+) -> tuple[tuple[jax.Array, Moments], Any]:
+    moments = _moments(x)
+    y = _line(x, *stored_line(scale, bias, *moments)).astype(x.dtype)
+    if shortcut is not None:
+        y = shortcut + y
+    if relu:
+        y = jnp.maximum(y, 0)
+    if shortcut is None:
+        # `x` alone tells what was cut off, and is read again anyway.
+        return (y, moments), (x, scale, bias, moments, None)
+    # Without the barrier XLA would compute the sum again from both its terms, and read one array more.
+    y = lax.optimization_barrier(y)
+    return (y, moments), (x, scale, bias, moments, y)
+
+
+def _backward(relu: bool, residuals: Any, gradients: tuple[jax.Array, Moments]) -> tuple[Any, ...]:
+    """Two passes: sums of the gradient over each channel, then the gradient of `x` (arXiv:1502.03167, 3)."""
+    x, scale, bias, (mean, variance), y = residuals
+    gradient = gradients[0]
+    if relu:
+        passed = y if y is not None else _line(x, *stored_line(scale, bias, mean, variance))
+        gradient = jnp.where(passed > 0, gradient, 0)
+    shortcut_gradient = gradient if y is not None else None
+    gradient = _wide(gradient)
+    inverse = lax.rsqrt(variance + BATCH_NORM_EPSILON)
+    bias_gradient = jnp.sum(gradient, axis=(0, 1, 2))
+    scale_gradient = jnp.sum(gradient * (x - _row(mean)), axis=(0, 1, 2)) * inverse
+    share = 1 / (x.size // x.shape[-1])
+    # Not `x - mean`: XLA's CPU compiler would share it with the sum, and keep it in memory.
+    slope = -share * scale_gradient * inverse
+    level = -share * bias_gradient - slope * mean
+    x_gradient = _row(scale * inverse) * (gradient + _line(x, slope, level))
+    return x_gradient.astype(x.dtype), scale_gradient, bias_gradient, shortcut_gradient
+
+
+_normalize.defvjp(_forward, _backward)
 
 
 def _moments(x: jax.Array) -> Moments:
@@ -47,37 +137,8 @@ def _moments(x: jax.Array) -> Moments:
     return mean, jnp.maximum(jnp.mean(lax.square(x), axis=(0, 1, 2)) - lax.square(mean), 0)
 
 
-@jax.custom_vjp
-def _normalize_with_own_gradient(
-    x: jax.Array, scale: jax.Array, bias: jax.Array
-) -> tuple[jax.Array, Moments]:
-    return _forward(x, scale, bias)[0]
-
-
-def _forward(x: jax.Array, scale: jax.Array, bias: jax.Array) -> Any:
-    mean, variance = moments = _moments(x)
-    factor = lax.rsqrt(variance + BATCH_NORM_EPSILON) * scale
-    # Not `x - mean`, which XLA would share with the gradient and so keep for it: 0.7 GB in ResNet-50.
-    y = (x * _row(factor) + _row(bias - mean * factor)).astype(x.dtype)
-    return (y, moments), (x, scale, moments)
-
-
-def _backward(residuals: Any, gradients: tuple[jax.Array, Moments]) -> tuple[jax.Array, ...]:
-    """Two passes: sums of the gradient over each channel, then the gradient of `x` (arXiv:1502.03167, 3)."""
-    x, scale, (mean, variance) = residuals
-    gradient = _wide(gradients[0])
-    inverse = lax.rsqrt(variance + BATCH_NORM_EPSILON)
-    bias_gradient = jnp.sum(gradient, axis=(0, 1, 2))
-    scale_gradient = jnp.sum(gradient * (x - _row(mean)), axis=(0, 1, 2)) * inverse
-    share = 1 / (x.size // x.shape[-1])
-    # Again not `x - mean`, or that would be a third pass.
-    slope = -share * scale_gradient * inverse
-    level = -share * bias_gradient - slope * mean
-    x_gradient = _row(scale * inverse) * (gradient + _row(slope) * x + _row(level))
-    return x_gradient.astype(x.dtype), scale_gradient, bias_gradient
-
-
-_normalize_with_own_gradient.defvjp(_forward, _backward)
+def _line(x: jax.Array, factor: jax.Array, level: jax.Array) -> jax.Array:
+    return x * _row(factor) + _row(level)
 
 
 def _wide(x: jax.Array) -> jax.Array:

@@ -26,14 +26,17 @@ from jaxcls.models.architecture import (
     find_architecture,
 )
 from jaxcls.models.convolution import convolve, max_pool
-from jaxcls.models.normalization import normalize, normalize_by
+from jaxcls.models.normalization import finish, normalize, stored_line
 
 Module = Callable[..., Any]
 BATCH_NORM_MOMENTUM = 0.9
 
 
 class Convolution(nn.Module):
-    """A square convolution without bias; its `kernel` is float32 [size, size, C, features]."""
+    """A square convolution without bias; its `kernel` is float32 [size, size, C, features].
+
+    It can be called with a factor [features], by which the kernel is multiplied.
+    """
 
     features: int
     size: int
@@ -42,16 +45,18 @@ class Convolution(nn.Module):
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, factor: jax.Array | None = None) -> jax.Array:
         shape = (self.size, self.size, x.shape[-1], self.features)
         kernel = self.param("kernel", nn.initializers.lecun_normal(), shape)
+        if factor is not None:
+            kernel *= factor[None, None, None]
         return convolve(
             x.astype(self.dtype), kernel.astype(self.dtype), stride=self.stride, padding=self.padding
         )
 
 
 class BatchNorm(nn.Module):
-    """Batch norm over [B, H, W, C], its parameters and statistics float32 [C].
+    """Batch norm over what a convolution makes [B, H, W, C], its parameters and statistics float32 [C].
 
     Attributes:
         stored: use the stored statistics; else those of the batch, which move the stored ones.
@@ -60,15 +65,19 @@ class BatchNorm(nn.Module):
     stored: bool
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        shape = x.shape[-1:]
+    def __call__(
+        self, conv: Convolution, x: jax.Array, shortcut: jax.Array | None = None, *, relu: bool = True
+    ) -> jax.Array:
+        shape = (conv.features,)
         scale = self.param("scale", nn.initializers.ones, shape)
         bias = self.param("bias", nn.initializers.zeros, shape)
         mean = self.variable("batch_stats", "mean", jnp.zeros, shape)
         variance = self.variable("batch_stats", "var", jnp.ones, shape)
         if self.stored:
-            return normalize_by(x, scale, bias, mean.value, variance.value)
-        y, moments = normalize(x, scale, bias)
+            # The factor goes into the kernel, so that no pass over the activations is left of the norm.
+            factor, level = stored_line(scale, bias, mean.value, variance.value)
+            return finish(conv(x, factor), level, shortcut, relu=relu)
+        y, moments = normalize(conv(x), scale, bias, shortcut, relu=relu)
         if not self.is_initializing():
             for statistic, moment in zip((mean, variance), moments, strict=True):
                 statistic.value = BATCH_NORM_MOMENTUM * statistic.value + (1 - BATCH_NORM_MOMENTUM) * moment
@@ -86,11 +95,10 @@ class BasicBlock(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         # Padding is (1, 1), never SAME: torch pads both sides where SAME with stride 2 pads (0, 1).
-        y = self.conv(self.features, 3, self.stride, padding=1, name="conv1")(x)
-        y = nn.relu(self.norm(name="norm1")(y))
-        y = self.conv(self.features, 3, padding=1, name="conv2")(y)
-        y = self.norm(name="norm2")(y)
-        return nn.relu(_shortcut(self, x, y.shape[-1]) + y)
+        conv1 = self.conv(self.features, 3, self.stride, padding=1, name="conv1")
+        conv2 = self.conv(self.features, 3, padding=1, name="conv2")
+        y = self.norm(name="norm1")(conv1, x)
+        return self.norm(name="norm2")(conv2, y, _shortcut(self, x, conv2.features))
 
 
 class BottleneckBlock(nn.Module):
@@ -103,21 +111,20 @@ class BottleneckBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = self.conv(self.features, 1, name="conv1")(x)
-        y = nn.relu(self.norm(name="norm1")(y))
-        y = self.conv(self.features, 3, self.stride, padding=1, name="conv2")(y)
-        y = nn.relu(self.norm(name="norm2")(y))
-        y = self.conv(BOTTLENECK_EXPANSION * self.features, 1, name="conv3")(y)
-        y = self.norm(name="norm3")(y)
-        return nn.relu(_shortcut(self, x, y.shape[-1]) + y)
+        conv1 = self.conv(self.features, 1, name="conv1")
+        conv2 = self.conv(self.features, 3, self.stride, padding=1, name="conv2")
+        conv3 = self.conv(BOTTLENECK_EXPANSION * self.features, 1, name="conv3")
+        y = self.norm(name="norm1")(conv1, x)
+        y = self.norm(name="norm2")(conv2, y)
+        return self.norm(name="norm3")(conv3, y, _shortcut(self, x, conv3.features))
 
 
 def _shortcut(block: BasicBlock | BottleneckBlock, x: jax.Array, features: int) -> jax.Array:
     """`x` itself, or projected where the block changes its width or resolution."""
     if block.stride == 1 and x.shape[-1] == features:
         return x
-    x = block.conv(features, 1, block.stride, name="shortcut_conv")(x)
-    return block.norm(name="shortcut_norm")(x)
+    conv = block.conv(features, 1, block.stride, name="shortcut_conv")
+    return block.norm(name="shortcut_norm")(conv, x, relu=False)
 
 
 class Stem(nn.Module):
@@ -128,9 +135,8 @@ class Stem(nn.Module):
 
     @nn.compact
     def __call__(self, pixels: jax.Array) -> jax.Array:
-        x = self.conv(STEM_FEATURES, 7, 2, padding=3, name="conv")(pixels)
-        x = nn.relu(self.norm(name="norm")(x))
-        return max_pool(x)
+        conv = self.conv(STEM_FEATURES, 7, 2, padding=3, name="conv")
+        return max_pool(self.norm(name="norm")(conv, pixels))
 
 
 class Stage(nn.Module):

@@ -1,16 +1,14 @@
-"""Batch norm and its own gradient against torch and JAX's gradient, and which platform gets which."""
+"""Batch norm, shortcut and ReLU with their own gradients against torch."""
 
-import re
-from collections import Counter
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxcls.models import normalization
 from jaxcls.models.convolution import compiler_options
-from jaxcls.models.normalization import normalize, normalize_by
+from jaxcls.models.normalization import finish, normalize, stored_line
 
 
 def draw(*shape, seed=0):
@@ -18,69 +16,89 @@ def draw(*shape, seed=0):
 
 
 OPERANDS = 3 * draw(4, 5, 6, 8) + 2, draw(8, seed=1), draw(8, seed=2)
-WEIGHTS = draw(4, 5, 6, 8, seed=3)
+SHORTCUT, WEIGHTS = draw(4, 5, 6, 8, seed=4), draw(4, 5, 6, 8, seed=3)
+STATISTICS = draw(8, seed=5), np.exp(draw(8, seed=6))
+AFTERWARDS = pytest.mark.parametrize(
+    ("with_shortcut", "relu"), [(False, False), (False, True), (True, True)], ids=["norm", "relu", "shortcut"]
+)
 
 
-def operations(text):
-    """{name: how many}, calls to functions aside."""
-    return Counter(re.findall(r"stablehlo\.(multiply|divide|reduce|rsqrt)\b", text))
+def by_stored(x, scale, bias, shortcut=None, *, relu):
+    """What a network does by stored statistics, with a convolution that does nothing."""
+    factor, level = stored_line(scale, bias, *STATISTICS)
+    y = finish((x * factor.reshape(1, 1, 1, -1)).astype(x.dtype), level, shortcut, relu=relu)
+    return y, STATISTICS
 
 
 def pull_back(function, *operands):
+    """The value, the moments, and the gradients of the value's sum weighted by noise."""
+
     def loss(*operands):
         y, moments = function(*operands)
         return (y * WEIGHTS).sum(), (y, moments)
 
-    gradient = jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)
+    gradient = jax.value_and_grad(loss, argnums=tuple(range(len(operands))), has_aux=True)
     (_, (y, moments)), gradients = jax.jit(gradient, compiler_options=compiler_options("cpu"))(*operands)
     return y, *moments, *gradients
 
 
-def test_value_moments_and_gradients_agree_with_torch():
+def torchs(operands, *, relu, stored):
+    """The same of torch, in float64."""
     torch = pytest.importorskip("torch", reason="torch is the oracle")
-    x, scale, bias = (torch.from_numpy(operand).double().requires_grad_() for operand in OPERANDS)
-    y = torch.nn.functional.batch_norm(x.permute(0, 3, 1, 2), None, None, scale, bias, training=True)
-    y = y.permute(0, 2, 3, 1)
-    (y * torch.from_numpy(WEIGHTS)).sum().backward()
+    leaves = [torch.from_numpy(np.asarray(operand)).double().requires_grad_() for operand in operands]
+    x, scale, bias, *shortcut = leaves
     mean, variance = x.mean((0, 1, 2)), x.var((0, 1, 2), correction=0)
-    expected = (y, mean, variance, x.grad, scale.grad, bias.grad)
-    for actual, value in zip(pull_back(normalize, *OPERANDS), expected, strict=True):
-        value = value.detach().numpy()
+    if stored:
+        mean, variance = (torch.from_numpy(statistic).double() for statistic in STATISTICS)
+    y = torch.nn.functional.batch_norm(
+        x.permute(0, 3, 1, 2), *((mean, variance) if stored else (None, None)), scale, bias, not stored
+    )
+    y = sum(shortcut, y.permute(0, 2, 3, 1))
+    y = y.relu() if relu else y
+    (y * torch.from_numpy(WEIGHTS)).sum().backward()
+    return [value.detach().numpy() for value in (y, mean, variance, *(leaf.grad for leaf in leaves))]
+
+
+@AFTERWARDS
+@pytest.mark.parametrize("function", [normalize, by_stored], ids=["batch", "stored"])
+def test_value_moments_and_gradients_agree_with_torch(function, with_shortcut, relu):
+    operands = (*OPERANDS, SHORTCUT) if with_shortcut else OPERANDS
+    expected = torchs(operands, relu=relu, stored=function is by_stored)
+    for actual, value in zip(pull_back(partial(function, relu=relu), *operands), expected, strict=True):
         np.testing.assert_allclose(actual, value, rtol=0, atol=2e-5 * np.abs(value).max())
 
 
-def test_the_moments_pass_no_gradient_on_any_platform():
-    for function in (normalization._normalize, normalization._normalize_with_own_gradient):
-        gradient = jax.grad(lambda x, function=function: sum(m.sum() for m in function(x, *OPERANDS[1:])[1]))
-        assert not np.asarray(gradient(OPERANDS[0])).any()
+def test_the_moments_pass_no_gradient():
+    gradient = jax.grad(lambda x: sum(moment.sum() for moment in normalize(x, *OPERANDS[1:])[1]))
+    assert not np.asarray(gradient(OPERANDS[0])).any()
 
 
-def test_in_bfloat16_only_the_values_are_rounded():
-    x, scale, bias = OPERANDS
-    x = x.astype(jnp.bfloat16)
-    y, mean, variance, x_gradient, *others = pull_back(normalize, x, scale, bias)
-    assert (y.dtype, x_gradient.dtype) == (jnp.bfloat16, jnp.bfloat16)
-    assert {leaf.dtype for leaf in (mean, variance, *others)} == {np.dtype(np.float32)}
-    expected = pull_back(normalization._normalize, x.astype(np.float32), scale, bias)
+@AFTERWARDS
+@pytest.mark.parametrize("function", [normalize, by_stored], ids=["batch", "stored"])
+def test_in_bfloat16_only_the_values_are_rounded(function, with_shortcut, relu):
+    x, *vectors = OPERANDS
+    shortcut = [SHORTCUT] if with_shortcut else []
+    rounded = [jnp.asarray(operand, jnp.bfloat16) for operand in (x, *shortcut)]
+    arguments = (rounded[0], *vectors, *rounded[1:])
+    y, mean, variance, x_gradient, *others = pull_back(partial(function, relu=relu), *arguments)
+    assert {leaf.dtype for leaf in (y, x_gradient, *others[2:])} == {np.dtype(jnp.bfloat16)}
+    assert {leaf.dtype for leaf in (mean, variance, *others[:2])} == {np.dtype(np.float32)}
+    expected = pull_back(partial(function, relu=relu), *(leaf.astype(np.float32) for leaf in arguments))
     for actual, value in zip((y, mean, variance, x_gradient, *others), expected, strict=True):
-        np.testing.assert_allclose(
-            np.asarray(actual, np.float32), value, rtol=0, atol=0.02 * np.abs(value).max()
-        )
+        error = np.abs(np.asarray(actual, np.float32) - value)
+        # Where rounding moves a value across zero, ReLU passes or stops all of its gradient.
+        assert np.quantile(error, 0.98) <= 0.02 * np.abs(value).max()
 
 
-def test_the_moments_given_back_give_the_same_values():
+def test_a_level_has_the_sum_of_many_gradients_in_float32():
+    """Of 40,000 ones: in bfloat16 a sum of ones ends at 256."""
+    x = jnp.zeros((4, 100, 100, 1), jnp.bfloat16)
+    gradient = jax.grad(lambda level: finish(x, level, None, relu=False).astype(jnp.float32).sum())
+    assert gradient(np.zeros(1, np.float32)) == 40_000
+
+
+def test_equal_moments_give_equal_values():
     y, moments = normalize(*OPERANDS)
-    np.testing.assert_allclose(normalize_by(*OPERANDS, *moments), y, rtol=0, atol=1e-5)
-
-
-def test_accelerators_keep_the_gradient_of_xla():
-    def text(platform, function):
-        def gradient(*operands):
-            return jax.vjp(lambda *operands: function(*operands)[0], *operands)[1](WEIGHTS)
-
-        return jax.jit(gradient).trace(*OPERANDS).lower(lowering_platforms=(platform,)).as_text()
-
-    forms = normalization._normalize_with_own_gradient, normalization._normalize
-    for platform, form in zip(("cpu", "cuda"), forms, strict=True):
-        assert operations(text(platform, normalize)) == operations(text(platform, form))
-    assert operations(text("cpu", forms[0])) != operations(text("cpu", forms[1]))
+    factor, level = stored_line(*OPERANDS[1:], *moments)
+    expected = finish(OPERANDS[0] * factor.reshape(1, 1, 1, -1), level, None, relu=False)
+    np.testing.assert_allclose(expected, y, rtol=0, atol=1e-5)

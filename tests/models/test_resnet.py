@@ -103,9 +103,10 @@ def test_every_stage_agrees_with_transformers(architecture):
         assert_close(other(to_nchw(pixels)), output.logits, relative=1e-5)
 
 
+@pytest.mark.parametrize("batch_norm", ["train", "frozen"])
 @pytest.mark.parametrize("bottleneck", [False, True], ids=["basic", "bottleneck"])
-def test_training_mode_agrees_with_torch(monkeypatch, bottleneck):
-    """Logits, gradients and updated statistics, from one step on the batch's own statistics.
+def test_training_mode_agrees_with_torch(monkeypatch, bottleneck, batch_norm):
+    """Logits, gradients and statistics, from one step on the batch's own statistics or the stored ones.
 
     In float64: in float32 the gradients of these random networks differ by a tenth between torch and torch.
     """
@@ -131,11 +132,11 @@ def test_training_mode_agrees_with_torch(monkeypatch, bottleneck):
                     {name: inputs[0].numel() / module.num_features}
                 )
             )
-    network.double().train()
+    network.double().train(batch_norm == "train")
     logits = network(to_nchw(pixels).double())
     (logits * torch.from_numpy(weights)).sum().backward()
     after = torch_oracle.state_of(network)
-    for name, count in num_values.items():  # torch stores the unbiased variance
+    for name, count in num_values.items() if batch_norm == "train" else ():  # torch's variance is unbiased
         old = 0.9 * before[f"{name}.running_var"]
         new = after[f"{name}.running_var"]
         after[f"{name}.running_var"] = old + (new - old) * (count - 1) / count
@@ -143,7 +144,7 @@ def test_training_mode_agrees_with_torch(monkeypatch, bottleneck):
     expected = to_variables(architecture, after | gradients)
 
     def loss(params, head, batch_stats):
-        apply = make_apply(architecture, dtype=jnp.float64)
+        apply = make_apply(architecture, dtype=jnp.float64, batch_norm=batch_norm)
         features, new_stats = apply({"params": params, "batch_stats": batch_stats}, pixels, train=True)
         actual = features @ head[0] + head[1].reshape(1, -1)
         return (actual * weights).sum(), (actual, new_stats)

@@ -21,7 +21,7 @@ from jaxcls.storage import make_private_folder, write_whole
 
 Report = Callable[[str], object]
 SUFFIX = ".safetensors"
-VERSION = 2
+VERSION = 3
 """Of what decoding, resizing and the network make of a photo: to be raised when that changes."""
 PER_FILE = 2**14
 """Photos whose features are kept at once: what an interrupted extraction has to do again."""

@@ -8,7 +8,9 @@ import jax
 import numpy as np
 import pytest
 
-from jaxcls.models.architecture import ARCHITECTURES, abstract_variables
+from jaxcls.models import architecture as architectures
+from jaxcls.models import fold
+from jaxcls.models.architecture import ARCHITECTURES, Architecture, abstract_variables
 from jaxcls.models.fold import _in_parts, apply_folded, fitting_at_once, fold_batch_norm
 from jaxcls.models.port import read_state_dict, to_variables
 from jaxcls.models.resnet import make_apply
@@ -79,6 +81,36 @@ def test_as_many_images_at_once_as_suit_the_threads(monkeypatch):
     assert [fitting_at_once(size) for size in (32, 128, 224, 500)] == [147, 9, 3, 3]
     monkeypatch.delenv("PJRT_NPROC")
     assert fitting_at_once(224) == len(os.sched_getaffinity(0))
+
+
+@pytest.mark.parametrize("bottleneck", [False, True], ids=["basic", "bottleneck"])
+def test_biases_made_bfloat16_change_no_features(monkeypatch, bottleneck):
+    """Where kernels stay float32. Those that shortcuts pass on keep what they were."""
+    name = "shallow_bottleneck" if bottleneck else "shallow_basic"
+    monkeypatch.setattr(architectures, "ARCHITECTURES", {name: Architecture((2, 2, 2, 2), bottleneck)})
+    variables = draw_variables(name)
+    pixels = np.random.default_rng(1).standard_normal((2, 32, 32, 3), np.float32)
+    expected = fold_batch_norm(variables)
+    stem, stages = fold._fold_blocks(variables)
+    fold._make_biases_bfloat16(stem, stages)
+    weights = fold._stacked(stem, stages, np.float32)
+    assert difference(jit(apply_folded)(weights, pixels), jit(apply_folded)(expected, pixels)) < 1e-5
+
+    last = "conv3" if bottleneck else "conv2"
+    kept = {last, "shortcut_conv", *(() if bottleneck else ("conv",))}
+    for path, leaf in jax.tree.leaves_with_path(weights):
+        name, kind = (key.key for key in path[-2:])
+        if kind == "bias":
+            exact = np.array_equal(leaf, leaf.astype(jax.numpy.bfloat16).astype(np.float32))
+            assert exact == (name not in kept), jax.tree_util.keystr(path)
+
+
+def test_a_bias_of_zero_scales_nothing():
+    convolution = {"kernel": np.ones((1, 1, 1, 3), np.float32), "bias": np.array([0.0, 1e-60, 1.0])}
+    reader = {"kernel": np.ones((1, 1, 3, 1), np.float32), "bias": np.zeros(1)}
+    fold._make_bias_bfloat16(convolution, [reader])
+    assert (convolution["kernel"] == 1).all()
+    assert (reader["kernel"] == 1).all()
 
 
 def test_bfloat16_is_multiplied_where_the_platform_does_it_well():

@@ -81,7 +81,7 @@ def first_score(task: Task) -> dict[str, Any]:
     """The saved classifier loaded and one batch scored, in a new process. To ask for its cost takes time."""
 
     def load_and_compile(task: Task) -> Program:
-        classifier, dtype = load(os.environ[SAVED_CLASSIFIER]), scoring_dtype(_precision(task))
+        classifier, dtype = load(os.environ[SAVED_CLASSIFIER]), _scoring_dtype(task)
         return JaxScoring(*_compile(task, classifier.forward, classifier.folded_weights(dtype), dtype))
 
     return first_run(load_and_compile, task)
@@ -215,13 +215,13 @@ Compiled = tuple[Any, list[Any], int, dict[str, Any]]
 
 
 def _compile_scoring(task: Task) -> Compiled:
-    classifier, dtype = _model(task), scoring_dtype(_precision(task))
+    classifier, dtype = _model(task), _scoring_dtype(task)
     compiled = _compile(task, classifier.forward, classifier.folded_weights(dtype), dtype)
     return _with_cost(compiled, classifier.backbone)
 
 
 def _compile_features(task: Task) -> Compiled:
-    backbone, dtype = _model(task).backbone, scoring_dtype(_precision(task))
+    backbone, dtype = _model(task).backbone, _scoring_dtype(task)
     forward = Forward(backbone.architecture, backbone.preprocess)
     weights = {"backbone": fold_batch_norm(backbone.variables, dtype)}
     return _with_cost(_compile(task, forward, weights, dtype), backbone)
@@ -263,6 +263,10 @@ def _cost(backbone: Backbone, dtype: str, images: jax.Array) -> dict[str, Any]:
 def _precision(task: Task) -> Precision:
     """As the subject's name says, "jaxcls-bfloat16"; "jaxcls" is what the library chooses."""
     return cast(Precision, task.subject.partition("-")[2] or "auto")
+
+
+def _scoring_dtype(task: Task) -> str:
+    return scoring_dtype(_precision(task), task.image_size)
 
 
 def _dtype(precision: Precision) -> str:

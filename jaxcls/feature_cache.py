@@ -93,7 +93,7 @@ def _backbone_digest(backbone: Backbone, precision: Precision) -> str:
         VERSION,
         backbone.architecture,
         backbone.preprocess.to_json(),
-        scoring_dtype(precision),
+        scoring_dtype(precision, backbone.preprocess.size),
     ]
     digest = hashlib.sha256(json.dumps(conditions, sort_keys=True).encode())
     for path, leaf in jax.tree.leaves_with_path(backbone.variables):

@@ -96,7 +96,7 @@ def compile_network(
     network: Classifier | Backbone, *, batch_sizes: Sequence[int], precision: Precision = "auto"
 ) -> CompiledProgram:
     """Compile a classifier, to scores float32 [B, K], or a backbone, to features float32 [B, D]."""
-    dtype = scoring_dtype(precision)
+    dtype = scoring_dtype(precision, network.preprocess.size)
     if isinstance(network, Classifier):
         return compile_program(network.forward, network.folded_weights(dtype), batch_sizes)
     forward = Forward(network.architecture, network.preprocess)
@@ -216,7 +216,7 @@ def check_parity(classifier: Classifier, path: str | Path, precision: Precision 
     def score(images: np.ndarray) -> np.ndarray:
         return make_scorer(classifier, batch_sizes=(len(images),), precision=precision)(images)
 
-    return compare_with_parity(score, path, scoring_dtype(precision))
+    return compare_with_parity(score, path, scoring_dtype(precision, classifier.preprocess.size))
 
 
 def _run(

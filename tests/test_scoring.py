@@ -129,6 +129,7 @@ def test_scores_of_the_network_by_hand(classifier, photos, dtype, tolerance):
 @pytest.mark.parametrize(("multiplies", "dtype"), [(True, "bfloat16"), (False, "float32")])
 def test_a_cpu_scores_in_what_it_multiplies(classifier, monkeypatch, multiplies, dtype):
     monkeypatch.setattr(precision, "cpu_multiplies_bfloat16", lambda: multiplies)
+    monkeypatch.setattr(precision, "MIN_BFLOAT16_SIZE", 32)
     program = compile_network(classifier, batch_sizes=(1,))
     _, weights = program.executables[1]
     assert weights["backbone"]["stem"]["conv"]["kernel"].dtype == dtype

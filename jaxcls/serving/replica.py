@@ -124,7 +124,7 @@ def make_replica(path: Path, config: ServiceConfig, identity: Identity) -> Repli
     """
     classifier = load(path)
     score = make_scorer(classifier, batch_sizes=config.batch_sizes, precision=config.precision)
-    check_all_sizes(score, config, path)
+    check_all_sizes(score, classifier, config, path)
     seconds = measure(score, classifier, config)
     platform, metrics = jax.default_backend(), Metrics()
     batcher = Batcher(
@@ -147,13 +147,13 @@ def make_replica(path: Path, config: ServiceConfig, identity: Identity) -> Repli
     return Replica(service, admission, metrics, identity, deadline, config.max_body_mib * 2**20)
 
 
-def check_all_sizes(score: Score, config: ServiceConfig, path: Path) -> None:
+def check_all_sizes(score: Score, classifier: Classifier, config: ServiceConfig, path: Path) -> None:
     """Score a classifier's parity vectors in batches of every size.
 
     Raises:
         ClassifierError: they differ from the saved scores.
     """
-    dtype = scoring_dtype(config.precision)
+    dtype = scoring_dtype(config.precision, classifier.preprocess.size)
     for size in config.batch_sizes:
         compare_with_parity(functools.partial(_score_padded, score, size), path, dtype)
 

@@ -26,20 +26,20 @@ def cpu_info(tmp_path, monkeypatch):
         ("flags\t\t: fpu avx512f avx512_bitalg\n", "float32"),
     ],
 )
-def test_a_cpu_scores_in_bfloat16_if_it_multiplies_it(cpu_info, flags, dtype):
+def test_a_cpu_scores_large_pictures_in_bfloat16_if_it_multiplies_it(cpu_info, flags, dtype):
     cpu_info(flags)
-    assert scoring_dtype("auto") == dtype
-    assert scoring_dtype("float32") == "float32"
-    assert scoring_dtype("bfloat16") == "bfloat16"
+    assert [scoring_dtype("auto", size) for size in (32, 127, 128, 224)] == ["float32"] * 2 + [dtype] * 2
+    assert scoring_dtype("float32", 224) == "float32"
+    assert scoring_dtype("bfloat16", 32) == "bfloat16"
 
 
 def test_without_linux_a_cpu_scores_in_float32(cpu_info):
-    assert scoring_dtype("auto") == "float32"
+    assert scoring_dtype("auto", 224) == "float32"
 
 
 def test_accelerators_score_in_bfloat16(cpu_info, monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    assert scoring_dtype("auto") == "bfloat16"
+    assert scoring_dtype("auto", 32) == "bfloat16"
 
 
 def test_training_and_programs_are_float32_on_every_cpu(cpu_info):
@@ -51,4 +51,4 @@ def test_training_and_programs_are_float32_on_every_cpu(cpu_info):
 
 def test_another_precision_is_refused():
     with pytest.raises(UsageError, match="precision 'half': choose one of auto, float32, bfloat16"):
-        scoring_dtype("half")
+        scoring_dtype("half", 224)

@@ -63,16 +63,20 @@ class ResNet(nn.Module):
         return nn.Dense(NUM_CLASSES)(x.mean((1, 2)).astype(jnp.float32))
 
 
-def train(task: Task) -> Program:
-    """The training step under `jit` on one device, or under `pmap` on all of them."""
-    mode, dtype = _settings(task)
-    network = ResNet(task.depth, dtype)
-    optimizer = optax.sgd(0.001, momentum=0.9)
-    batches = [
-        (random_images(task.batch_size, task.image_size, n), random_labels(task.batch_size, n))
-        for n in range(NUM_INPUTS)
-    ]
-    state = _init(network, optimizer, batches[0][0][:1])
+def make_optimizer() -> optax.GradientTransformation:
+    """SGD with momentum."""
+    return optax.sgd(0.001, momentum=0.9)
+
+
+def init_state(network: ResNet, optimizer: optax.GradientTransformation, images: Any) -> Any:
+    """The count of steps, parameters, batch statistics, and the optimizer's state."""
+    variables = network.init(jax.random.key(0), _normalize(images), train=False)
+    params = variables["params"]
+    return jnp.zeros((), jnp.int32), params, variables["batch_stats"], optimizer.init(params)
+
+
+def make_step(network: ResNet, optimizer: optax.GradientTransformation, axis: str | None = None) -> Any:
+    """The function (state, images, labels) -> (state, loss); it averages over an `axis` of devices."""
 
     def step(state: Any, images: jax.Array, labels: jax.Array) -> tuple[Any, jax.Array]:
         count, params, batch_stats, opt_state = state
@@ -84,11 +88,29 @@ def train(task: Task) -> Program:
             return losses.mean(), updates["batch_stats"]
 
         (loss, new_stats), gradients = jax.value_and_grad(loss_of, has_aux=True)(params)
-        if mode == "pmap":
-            loss, new_stats, gradients = jax.lax.pmean((loss, new_stats, gradients), AXIS)
+        if axis is not None:
+            loss, new_stats, gradients = jax.lax.pmean((loss, new_stats, gradients), axis)
         updates, opt_state = optimizer.update(gradients, opt_state, params)
         return (count + 1, optax.apply_updates(params, updates), new_stats, opt_state), loss
 
+    return step
+
+
+def logits(network: ResNet, variables: Any, images: jax.Array) -> Any:
+    """Of uint8 images, with batch norm unfolded."""
+    return network.apply(variables, _normalize(images), False)
+
+
+def train(task: Task) -> Program:
+    """The training step under `jit` on one device, or under `pmap` on all of them."""
+    mode, dtype = _settings(task)
+    network, optimizer = ResNet(task.depth, dtype), make_optimizer()
+    batches = [
+        (random_images(task.batch_size, task.image_size, n), random_labels(task.batch_size, n))
+        for n in range(NUM_INPUTS)
+    ]
+    state = jax.jit(partial(init_state, network, optimizer))(batches[0][0][:1])
+    step = make_step(network, optimizer, axis=AXIS if mode == "pmap" else None)
     if mode == "pmap":
         num_devices = jax.local_device_count()
         jitted = jax.pmap(step, AXIS, donate_argnums=0)
@@ -117,10 +139,7 @@ def score(task: Task) -> Program:
     images = [jax.device_put(random_images(task.batch_size, task.image_size, n)) for n in range(NUM_INPUTS)]
     variables = jax.jit(partial(network.init, train=False))(jax.random.key(0), _normalize(images[0][:1]))
 
-    def apply(variables: Any, images: jax.Array) -> Any:
-        return network.apply(variables, _normalize(images), False)
-
-    compiled, details = compile_with_details(jax.jit(apply), variables, images[0])
+    compiled, details = compile_with_details(jax.jit(partial(logits, network)), variables, images[0])
     details = {"dtype": dtype.name, **details}
     return JaxScoring(partial(compiled, variables), images, task.batch_size, details)
 
@@ -139,12 +158,6 @@ def _settings(task: Task) -> tuple[str, Any]:
     """ "flax-MODE-DTYPE"."""
     _, mode, dtype = task.subject.split("-")
     return mode, jnp.dtype(dtype)
-
-
-def _init(network: ResNet, optimizer: optax.GradientTransformation, images: np.ndarray) -> Any:
-    variables = jax.jit(partial(network.init, train=False))(jax.random.key(0), _normalize(images))
-    params = variables["params"]
-    return jnp.zeros((), jnp.int32), params, variables["batch_stats"], optimizer.init(params)
 
 
 def _normalize(images: Any) -> jax.Array:

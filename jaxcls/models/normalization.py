@@ -59,7 +59,7 @@ def _raise_forward(x: jax.Array, level: jax.Array) -> tuple[jax.Array, None]:
 
 
 def _raise_backward(_: None, gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
-    return gradient, jnp.sum(_wide(gradient), axis=(0, 1, 2))  # not in the dtype of `x`
+    return gradient, jnp.sum(wide(gradient), axis=(0, 1, 2))  # not in the dtype of `x`
 
 
 _raise.defvjp(_raise_forward, _raise_backward)
@@ -115,7 +115,7 @@ def _backward(relu: bool, residuals: Any, gradients: tuple[jax.Array, Moments]) 
         passed = y if y is not None else _line(x, *stored_line(scale, bias, mean, variance))
         gradient = jnp.where(passed > 0, gradient, 0)
     shortcut_gradient = gradient if y is not None else None
-    gradient = _wide(gradient)
+    gradient = wide(gradient)
     inverse = lax.rsqrt(variance + BATCH_NORM_EPSILON)
     bias_gradient = jnp.sum(gradient, axis=(0, 1, 2))
     scale_gradient = jnp.sum(gradient * (x - _row(mean)), axis=(0, 1, 2)) * inverse
@@ -132,7 +132,7 @@ _normalize.defvjp(_forward, _backward)
 
 def _moments(x: jax.Array) -> Moments:
     """Mean and biased variance, in float32 at least; rounding makes no variance negative."""
-    x = _wide(x)
+    x = wide(x)
     mean = jnp.mean(x, axis=(0, 1, 2))
     return mean, jnp.maximum(jnp.mean(lax.square(x), axis=(0, 1, 2)) - lax.square(mean), 0)
 
@@ -141,7 +141,8 @@ def _line(x: jax.Array, factor: jax.Array, level: jax.Array) -> jax.Array:
     return x * _row(factor) + _row(level)
 
 
-def _wide(x: jax.Array) -> jax.Array:
+def wide(x: jax.Array) -> jax.Array:
+    """In float32 at least: sums are."""
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 

@@ -27,16 +27,14 @@ from jaxcls.models.architecture import (
 )
 from jaxcls.models.convolution import convolve, max_pool
 from jaxcls.models.normalization import finish, normalize, stored_line
+from jaxcls.models.normalized_product import normalize_product
 
 Module = Callable[..., Any]
 BATCH_NORM_MOMENTUM = 0.9
 
 
 class Convolution(nn.Module):
-    """A square convolution without bias; its `kernel` is float32 [size, size, C, features].
-
-    It can be called with a factor [features], by which the kernel is multiplied.
-    """
+    """A square convolution without bias; called with C, it gives its kernel, float32 [size, size, C, F]."""
 
     features: int
     size: int
@@ -45,18 +43,23 @@ class Convolution(nn.Module):
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array, factor: jax.Array | None = None) -> jax.Array:
-        shape = (self.size, self.size, x.shape[-1], self.features)
-        kernel = self.param("kernel", nn.initializers.lecun_normal(), shape)
-        if factor is not None:
-            kernel *= factor[None, None, None]
+    def __call__(self, num_inputs: int) -> jax.Array:
+        shape = (self.size, self.size, num_inputs, self.features)
+        return self.param("kernel", nn.initializers.lecun_normal(), shape)
+
+    def of(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
+        """`x` [B, H, W, C] convolved with a kernel like its own."""
         return convolve(
             x.astype(self.dtype), kernel.astype(self.dtype), stride=self.stride, padding=self.padding
         )
 
+    def widens(self, num_inputs: int) -> bool:
+        """Whether it makes more channels of every pixel, and looks at no others."""
+        return self.size == self.stride == 1 and self.padding == 0 and num_inputs < self.features
+
 
 class BatchNorm(nn.Module):
-    """Batch norm over what a convolution makes [B, H, W, C], its parameters and statistics float32 [C].
+    """Batch norm of what a convolution makes, then shortcut and ReLU; its variables are float32 [F].
 
     Attributes:
         stored: use the stored statistics; else those of the batch, which move the stored ones.
@@ -73,11 +76,15 @@ class BatchNorm(nn.Module):
         bias = self.param("bias", nn.initializers.zeros, shape)
         mean = self.variable("batch_stats", "mean", jnp.zeros, shape)
         variance = self.variable("batch_stats", "var", jnp.ones, shape)
+        kernel = conv(x.shape[-1])
         if self.stored:
             # The factor goes into the kernel, so that no pass over the activations is left of the norm.
             factor, level = stored_line(scale, bias, mean.value, variance.value)
-            return finish(conv(x, factor), level, shortcut, relu=relu)
-        y, moments = normalize(conv(x), scale, bias, shortcut, relu=relu)
+            return finish(conv.of(x, kernel * factor[None, None, None]), level, shortcut, relu=relu)
+        if conv.widens(x.shape[-1]):
+            y, moments = normalize_product(x, kernel, scale, bias, shortcut, relu=relu)
+        else:
+            y, moments = normalize(conv.of(x, kernel), scale, bias, shortcut, relu=relu)
         if not self.is_initializing():
             for statistic, moment in zip((mean, variance), moments, strict=True):
                 statistic.value = BATCH_NORM_MOMENTUM * statistic.value + (1 - BATCH_NORM_MOMENTUM) * moment

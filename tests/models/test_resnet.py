@@ -10,7 +10,9 @@ from flax.traverse_util import flatten_dict
 
 from jaxcls.errors import UsageError
 from jaxcls.models import architecture as architectures
+from jaxcls.models import resnet
 from jaxcls.models.architecture import ARCHITECTURES, Architecture, abstract_variables
+from jaxcls.models.normalized_product import normalize_product
 from jaxcls.models.port import from_variables, to_variables
 from jaxcls.models.resnet import (
     ResNet,
@@ -161,6 +163,21 @@ def test_training_mode_agrees_with_torch(monkeypatch, bottleneck, batch_norm):
         assert_close(actual[path], value, relative=1e-5)
     for value, gradient in zip(head, expected.head, strict=True):
         assert_close(value, gradient, relative=1e-5)
+
+
+@pytest.mark.parametrize(("architecture", "number"), [("resnet18", 0), ("resnet50", 17)])
+def test_widening_convolutions_are_normalised_without_their_output(monkeypatch, architecture, number):
+    """The last one of every bottleneck, and the first shortcut."""
+    calls = []
+
+    def count(*operands, **options):
+        calls.append(operands)
+        return normalize_product(*operands, **options)
+
+    monkeypatch.setattr(resnet, "normalize_product", count)
+    apply = partial(make_apply(architecture), train=True)
+    jax.eval_shape(apply, abstract_variables(architecture), draw_pixels())
+    assert len(calls) == number
 
 
 @pytest.fixture(scope="module")

@@ -36,15 +36,15 @@ class Assumptions:
     """Images/s of a GPU alone: the target of the README's table, not reached by anything yet."""
     score_rate: float = 32_000
     """Images/s of a GPU: the goal there."""
-    gradient_mb: float = 102.2
-    """25,557,032 parameters in float32."""
+    gradient_mb: float = 107.3
+    """25,557,032 parameters in float32, and the second moments and products of batch norm's inputs."""
     state_mb: float = 204.7
     """Parameters, momentum and statistics."""
-    num_small_sums: int = 146
+    num_small_sums: int = 93
     """All-reduces of few numbers in a step, for batch norm: counted in what XLA makes for two CPU devices."""
     decode_rate: float = 388
     """JPEGs of 500 px/s of a core: half of two cores' (`benchmarks/results/input_pipeline_cpu.json`)."""
-    request_rate: float = 386
+    request_rate: float = 301
     """Requests/s of a core: half of two cores', clients included (`benchmarks/results/serving_cpu.json`)."""
     photo_kb: float = 110
     num_photos: float = 1.28e6

@@ -30,7 +30,8 @@ pipeline resident
 evaluation.text evaluation.curves evaluation.intervals evaluation.thresholds evaluation.metrics
 evaluation.plots evaluation.neighbours evaluation.label_errors
 ui.page ui.thumbnails ui.results ui.report
-models.precision models.architecture models.convolution models.normalization models.resnet
+models.precision models.architecture models.convolution models.normalization
+models.normalized_product models.resnet
 models.port models.pretrained models.hub models.fold
 manifest program
 classifier

@@ -86,7 +86,7 @@ def test_as_many_images_at_once_as_suit_the_threads(monkeypatch):
 @pytest.mark.parametrize("bottleneck", [False, True], ids=["basic", "bottleneck"])
 def test_biases_made_bfloat16_change_no_features(monkeypatch, bottleneck):
     """Where kernels stay float32. Those that shortcuts pass on keep what they were."""
-    name = "shallow_bottleneck" if bottleneck else "shallow_basic"
+    name = "two_bottlenecks" if bottleneck else "two_basics"  # each is remembered by its name
     monkeypatch.setattr(architectures, "ARCHITECTURES", {name: Architecture((2, 2, 2, 2), bottleneck)})
     variables = draw_variables(name)
     pixels = np.random.default_rng(1).standard_normal((2, 32, 32, 3), np.float32)

@@ -10,7 +10,7 @@ _ARRAY = re.compile(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,]*)\]")
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.-]+) \(.*\) -> .* \{$")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.-]+) = (\([^=]*?\)|\S+) ([\w-]+)\((.*)$")
 _BITS = re.compile(r"\d+")
-# These name or rename memory; a computation that is called reads and writes, not the call.
+# These name or rename memory.
 _FREE = frozenset({"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "iota", "after-all"})
 
 
@@ -22,7 +22,8 @@ class Instruction:
         operation: XLA's name: "fusion", "copy", "custom-call", ...
         target: of a custom call: "__cudnn$convForward", ...; else "".
         shape: of its result, as printed.
-        num_bytes: of its operands, each once, and its result, in one run of it.
+        num_bytes: of its operands, each once, and its result, in one run of it; whole arrays, also where it
+            reads a slice or writes in place.
         times: that it runs, where it stands in a loop.
     """
 
@@ -34,7 +35,11 @@ class Instruction:
 
 
 def instructions(text: str) -> list[Instruction]:
-    """All that an optimized program runs, loops by the number of their turns."""
+    """All that an optimized program runs, loops by the number of their turns.
+
+    Raises:
+        ValueError: how often something runs is not in the text.
+    """
     computations, entry = _computations(text)
     return list(_run(computations, entry, 1))
 
@@ -75,9 +80,13 @@ def _run(computations: dict[str, Lines], name: str, times: int) -> Iterator[Inst
     for _, shape, operation, rest in computations[name]:
         if operation == "while":
             turns = re.search(r'"known_trip_count":\{"n":"(\d+)"', rest)
-            yield from _run(computations, _called("body", rest), times * int(turns[1]) if turns else times)
+            if not turns:
+                raise ValueError(f"{name} has a loop of unknown length")
+            yield from _run(computations, _called("body", rest), times * int(turns[1]))
         elif operation == "call":
             yield from _run(computations, _called("to_apply", rest), times)
+        elif operation == "conditional" or operation.startswith("async"):
+            raise ValueError(f"{name} has a {operation}, whose runs are not counted")
         elif operation not in _FREE:
             operands = set(re.findall(r"%([\w.-]+)", rest.split("), ")[0])) & shapes.keys()
             target = re.search(r'custom_call_target="([^"]+)"', rest)

@@ -96,8 +96,8 @@ def make_step(network: ResNet, optimizer: optax.GradientTransformation, axis: st
     return step
 
 
-def logits(network: ResNet, variables: Any, images: jax.Array) -> Any:
-    """Of uint8 images, with batch norm unfolded."""
+def apply_unfolded(network: ResNet, variables: Any, images: jax.Array) -> Any:
+    """Logits of uint8 images, with batch norm unfolded."""
     return network.apply(variables, _normalize(images), False)
 
 
@@ -139,7 +139,7 @@ def score(task: Task) -> Program:
     images = [jax.device_put(random_images(task.batch_size, task.image_size, n)) for n in range(NUM_INPUTS)]
     variables = jax.jit(partial(network.init, train=False))(jax.random.key(0), _normalize(images[0][:1]))
 
-    compiled, details = compile_with_details(jax.jit(partial(logits, network)), variables, images[0])
+    compiled, details = compile_with_details(jax.jit(partial(apply_unfolded, network)), variables, images[0])
     details = {"dtype": dtype.name, **details}
     return JaxScoring(partial(compiled, variables), images, task.batch_size, details)
 

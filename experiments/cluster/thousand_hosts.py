@@ -37,11 +37,12 @@ class Assumptions:
     score_rate: float = 32_000
     """Images/s of a GPU: the goal there."""
     gradient_mb: float = 107.3
-    """25,557,032 parameters in float32, and the second moments and products of batch norm's inputs."""
+    """25,557,032 parameters in float32, and the second moments of what batch norm sees."""
     state_mb: float = 204.7
     """Parameters, momentum and statistics."""
     num_small_sums: int = 93
-    """All-reduces of few numbers in a step, for batch norm: counted in what XLA makes for two CPU devices."""
+    """All-reduces in a step for batch norm, counted in what XLA makes for two CPU devices. A third carry more
+    than a few numbers, up to 1 MB forward and 4 MB back, which is in `gradient_mb`."""
     decode_rate: float = 388
     """JPEGs of 500 px/s of a core: half of two cores' (`benchmarks/results/input_pipeline_cpu.json`)."""
     request_rate: float = 301

@@ -104,7 +104,8 @@ class ClusterCommand(PhotoCommand):
     """ray: on a Ray cluster, into a folder of Parquet files, which is completed where a run was cut short."""
     cluster: OmitArgPrefixes[BatchConfig] = field(default_factory=BatchConfig)
     precision: Precision = "auto"
-    """Of the convolutions; auto: bfloat16 on accelerators and (but for Ray's) CPUs that multiply it."""
+    """Of the convolutions; auto: bfloat16 on accelerators and, from 128 px on, CPUs that multiply it, but for
+    Ray's."""
 
     def __post_init__(self) -> None:
         if self.target == "local" and self.cluster != BatchConfig():

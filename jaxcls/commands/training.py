@@ -164,7 +164,7 @@ class Svm(TrainingCommand):
     num_folds: int = 5
     """Of the cross-validation."""
     precision: Precision = "auto"
-    """Of the convolutions; auto: bfloat16 on accelerators and on CPUs that multiply it."""
+    """Of the convolutions; auto: bfloat16 on accelerators and, from 128 px on, CPUs that multiply it."""
     out: Path | None = None
     """Where to save the classifier."""
 

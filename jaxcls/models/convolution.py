@@ -69,9 +69,9 @@ def convolve(x: jax.Array, kernel: jax.Array, *, stride: int = 1, padding: int =
             return convolution(x, kernel.astype(x.dtype))
         return _sum_of_products(x, kernel, stride, padding)
     if kernel.shape[:2] == (1, 1) and padding == 0:
-        return by_platform(partial(_product, stride=stride), convolution)(x, kernel)
+        return _by_platform(partial(_product, stride=stride), convolution)(x, kernel)
     if math.prod(_output_size(x, kernel, stride, padding)) <= MAX_PATCHES:
-        return by_platform(partial(_patch_product, stride=stride, padding=padding), convolution)(x, kernel)
+        return _by_platform(partial(_patch_product, stride=stride, padding=padding), convolution)(x, kernel)
     return convolution(x, kernel)
 
 
@@ -79,7 +79,8 @@ def max_pool(x: jax.Array) -> jax.Array:
     """The largest of each 3x3 window of [B, H, W, C], at stride 2 with one row and column around it.
 
     Returns:
-        [B, (H + 1) // 2, (W + 1) // 2, C]. Of equal largest values the first has the gradient.
+        [B, (H + 1) // 2, (W + 1) // 2, C] in the dtype of `x`. Of equal largest values the first has the
+        gradient.
     """
     return _max_pool(x, x.shape[1:3])
 
@@ -92,26 +93,6 @@ def to_bits(x: jax.Array) -> jax.Array:
 def from_bits(x: jax.Array) -> jax.Array:
     """What `to_bits` was given."""
     return lax.bitcast_convert_type(x, jnp.bfloat16) if x.dtype == jnp.uint16 else x
-
-
-def by_platform(on_cpu: Callable[..., Any], elsewhere: Callable[..., Any]) -> Callable[..., Any]:
-    """One function of two lowerings, whose gradient is lowered likewise."""
-
-    # Differentiating `platform_dependent` itself would keep the residuals of both.
-    @jax.custom_vjp
-    def function(*operands: jax.Array) -> Any:
-        return lax.platform_dependent(*operands, cpu=on_cpu, default=elsewhere)
-
-    def forward(*operands: jax.Array) -> tuple[jax.Array, Any]:
-        return function(*operands), operands
-
-    def backward(operands: Any, gradient: Any) -> Any:
-        return lax.platform_dependent(
-            gradient, *operands, cpu=_pullback(on_cpu), default=_pullback(elsewhere)
-        )
-
-    function.defvjp(forward, backward)
-    return function
 
 
 def _convolution(x: jax.Array, kernel: jax.Array, stride: int, padding: int) -> jax.Array:
@@ -172,6 +153,26 @@ def _sum_of_products(x: jax.Array, kernel: jax.Array, stride: int, padding: int)
     start = jnp.zeros((x.shape[0] * height * width, kernel.shape[-1]), jnp.float32)
     total, _ = lax.scan(add, start, (*places, matrices))
     return total.reshape(x.shape[0], height, width, kernel.shape[-1])
+
+
+def _by_platform(on_cpu: Callable[..., Any], elsewhere: Callable[..., Any]) -> Callable[..., Any]:
+    """One function of two lowerings, whose gradient is lowered likewise."""
+
+    # Differentiating `platform_dependent` itself would keep the residuals of both.
+    @jax.custom_vjp
+    def function(*operands: jax.Array) -> Any:
+        return lax.platform_dependent(*operands, cpu=on_cpu, default=elsewhere)
+
+    def forward(*operands: jax.Array) -> tuple[jax.Array, Any]:
+        return function(*operands), operands
+
+    def backward(operands: Any, gradient: Any) -> Any:
+        return lax.platform_dependent(
+            gradient, *operands, cpu=_pullback(on_cpu), default=_pullback(elsewhere)
+        )
+
+    function.defvjp(forward, backward)
+    return function
 
 
 def _pullback(function: Callable[..., jax.Array]) -> Callable[..., Any]:

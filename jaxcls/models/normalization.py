@@ -21,11 +21,11 @@ Moments = tuple[jax.Array, jax.Array]
 def normalize(
     x: jax.Array, scale: jax.Array, bias: jax.Array, shortcut: jax.Array | None = None, *, relu: bool = False
 ) -> tuple[jax.Array, Moments]:
-    """Give each channel of [B, H, W, C] the mean `bias` and the deviation `scale`, both float32 [C].
+    """Batch norm by the statistics of `x` itself, then shortcut and ReLU.
 
     Args:
-        x: the activations.
-        scale, bias: of the channels.
+        x: [B, H, W, C].
+        scale, bias: the deviation and mean that each channel is given, float32 [C].
         shortcut: added afterwards, like `x` in shape and dtype.
         relu: then let nothing below zero through.
 
@@ -36,33 +36,45 @@ def normalize(
     return _normalize(x, scale, bias, shortcut, relu)
 
 
-def stored_line(scale: jax.Array, bias: jax.Array, mean: jax.Array, variance: jax.Array) -> Moments:
-    """The `factor` and `level` [C] for which `factor * x + level` is batch norm by this mean and variance."""
+def line_of(
+    scale: jax.Array, bias: jax.Array, mean: jax.Array, variance: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The factor and level, float32 [C], for which `factor * x + level` is batch norm by these moments."""
     factor = lax.rsqrt(variance + BATCH_NORM_EPSILON) * scale
     return factor, bias - factor * mean
 
 
 def finish(x: jax.Array, level: jax.Array, shortcut: jax.Array | None, *, relu: bool) -> jax.Array:
-    """The rest of batch norm where its factor is in the kernel: the level [C], the shortcut, ReLU."""
-    x = _raise(x, level)
+    """What is left of batch norm where its factor is in the kernel: the level, then shortcut and ReLU.
+
+    Args:
+        x: [B, H, W, C].
+        level: float32 [C]; rounded to the dtype of `x`, or cuDNN would not add it within a convolution.
+        shortcut: like `x` in shape and dtype.
+        relu: let nothing below zero through.
+
+    Returns:
+        Like `x`.
+    """
+    x = _add_level(x, level)
     x = x if shortcut is None else shortcut + x
     return _relu(x) if relu else x
 
 
 @jax.custom_vjp
-def _raise(x: jax.Array, level: jax.Array) -> jax.Array:
+def _add_level(x: jax.Array, level: jax.Array) -> jax.Array:
     return x + _row(level.astype(x.dtype))
 
 
-def _raise_forward(x: jax.Array, level: jax.Array) -> tuple[jax.Array, None]:
-    return _raise(x, level), None
+def _add_level_forward(x: jax.Array, level: jax.Array) -> tuple[jax.Array, None]:
+    return _add_level(x, level), None
 
 
-def _raise_backward(_: None, gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _add_level_backward(_: None, gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
     return gradient, jnp.sum(wide(gradient), axis=(0, 1, 2))  # not in the dtype of `x`
 
 
-_raise.defvjp(_raise_forward, _raise_backward)
+_add_level.defvjp(_add_level_forward, _add_level_backward)
 
 
 @jax.custom_vjp
@@ -94,27 +106,28 @@ def _forward(
     x: jax.Array, scale: jax.Array, bias: jax.Array, shortcut: jax.Array | None, relu: bool
 ) -> tuple[tuple[jax.Array, Moments], Any]:
     moments = _moments(x)
-    y = _line(x, *stored_line(scale, bias, *moments)).astype(x.dtype)
+    y = _line(x, *line_of(scale, bias, *moments)).astype(x.dtype)
     if shortcut is not None:
         y = shortcut + y
     if relu:
         y = jnp.maximum(y, 0)
-    if shortcut is None:
-        # `x` alone tells what was cut off, and is read again anyway.
-        return (y, moments), (x, scale, bias, moments, None)
-    # Without the barrier XLA would compute the sum again from both its terms, and read one array more.
-    y = lax.optimization_barrier(y)
-    return (y, moments), (x, scale, bias, moments, y)
+    kept = None
+    if relu and shortcut is not None:
+        # Without the barrier XLA would compute the sum again from both its terms, and read one array more.
+        # Where there is no shortcut, `x` tells what was cut off, and is read again anyway.
+        kept = y = lax.optimization_barrier(y)
+    # Of the shortcut only whether there is one: it is a sum.
+    return (y, moments), (x, scale, bias, moments, kept, None if shortcut is None else ())
 
 
 def _backward(relu: bool, residuals: Any, gradients: tuple[jax.Array, Moments]) -> tuple[Any, ...]:
     """Two passes: sums of the gradient over each channel, then the gradient of `x` (arXiv:1502.03167, 3)."""
-    x, scale, bias, (mean, variance), y = residuals
+    x, scale, bias, (mean, variance), y, shortcut = residuals
     gradient = gradients[0]
     if relu:
-        passed = y if y is not None else _line(x, *stored_line(scale, bias, mean, variance))
+        passed = y if y is not None else _line(x, *line_of(scale, bias, mean, variance))
         gradient = jnp.where(passed > 0, gradient, 0)
-    shortcut_gradient = gradient if y is not None else None
+    shortcut_gradient = None if shortcut is None else gradient
     gradient = wide(gradient)
     inverse = lax.rsqrt(variance + BATCH_NORM_EPSILON)
     bias_gradient = jnp.sum(gradient, axis=(0, 1, 2))

@@ -26,7 +26,7 @@ from jaxcls.models.architecture import (
     find_architecture,
 )
 from jaxcls.models.convolution import convolve, max_pool
-from jaxcls.models.normalization import finish, normalize, stored_line
+from jaxcls.models.normalization import finish, line_of, normalize
 from jaxcls.models.normalized_product import normalize_product
 
 Module = Callable[..., Any]
@@ -34,7 +34,7 @@ BATCH_NORM_MOMENTUM = 0.9
 
 
 class Convolution(nn.Module):
-    """A square convolution without bias; called with C, it gives its kernel, float32 [size, size, C, F]."""
+    """A square convolution without bias: its kernel, float32 [size, size, C, F], and how it is applied."""
 
     features: int
     size: int
@@ -43,11 +43,12 @@ class Convolution(nn.Module):
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
-    def __call__(self, num_inputs: int) -> jax.Array:
+    def kernel(self, num_inputs: int) -> jax.Array:
+        """Its parameter, for C inputs."""
         shape = (self.size, self.size, num_inputs, self.features)
         return self.param("kernel", nn.initializers.lecun_normal(), shape)
 
-    def of(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
+    def convolve(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
         """`x` [B, H, W, C] convolved with a kernel like its own."""
         return convolve(
             x.astype(self.dtype), kernel.astype(self.dtype), stride=self.stride, padding=self.padding
@@ -59,7 +60,9 @@ class Convolution(nn.Module):
 
 
 class BatchNorm(nn.Module):
-    """Batch norm of what a convolution makes, then shortcut and ReLU; its variables are float32 [F].
+    """A convolution of [B, H, W, C], batch norm of what it makes, then shortcut and ReLU: [B, H', W', F].
+
+    The variables of the norm are float32 [F]; the kernel stays the convolution's.
 
     Attributes:
         stored: use the stored statistics; else those of the batch, which move the stored ones.
@@ -76,15 +79,15 @@ class BatchNorm(nn.Module):
         bias = self.param("bias", nn.initializers.zeros, shape)
         mean = self.variable("batch_stats", "mean", jnp.zeros, shape)
         variance = self.variable("batch_stats", "var", jnp.ones, shape)
-        kernel = conv(x.shape[-1])
+        kernel = conv.kernel(x.shape[-1])
         if self.stored:
             # The factor goes into the kernel, so that no pass over the activations is left of the norm.
-            factor, level = stored_line(scale, bias, mean.value, variance.value)
-            return finish(conv.of(x, kernel * factor[None, None, None]), level, shortcut, relu=relu)
+            factor, level = line_of(scale, bias, mean.value, variance.value)
+            return finish(conv.convolve(x, kernel * factor[None, None, None]), level, shortcut, relu=relu)
         if conv.widens(x.shape[-1]):
-            y, moments = normalize_product(x, kernel, scale, bias, shortcut, relu=relu)
+            y, moments = normalize_product(x.astype(conv.dtype), kernel, scale, bias, shortcut, relu=relu)
         else:
-            y, moments = normalize(conv.of(x, kernel), scale, bias, shortcut, relu=relu)
+            y, moments = normalize(conv.convolve(x, kernel), scale, bias, shortcut, relu=relu)
         if not self.is_initializing():
             for statistic, moment in zip((mean, variance), moments, strict=True):
                 statistic.value = BATCH_NORM_MOMENTUM * statistic.value + (1 - BATCH_NORM_MOMENTUM) * moment

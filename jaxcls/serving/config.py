@@ -47,7 +47,7 @@ class ServiceConfig:
     grace_seconds: float = 3.0
     """After SIGTERM, go on taking requests for so long, while saying that this replica is not ready."""
     precision: Precision = "auto"
-    """Of the convolutions; auto: bfloat16 on accelerators and on CPUs that multiply it, else float32."""
+    """Of the convolutions; auto: bfloat16 on accelerators and, from 128 px on, CPUs that multiply it."""
     allow_urls: bool = False
     """Fetch images that requests name by URL, from public addresses."""
 

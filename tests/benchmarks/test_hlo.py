@@ -1,6 +1,15 @@
 """Bytes of a program's text against those counted by hand."""
 
+import re
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+
 from benchmarks.hlo import Instruction, instructions, num_bytes
+from benchmarks.traffic import Size, describe, score
+from jaxcls.parallel import DATA_AXIS
 
 PROGRAM = """HloModule jit_step, entry_computation_layout={(f32[4,8]{1,0})->f32[4,8]{1,0}}
 
@@ -56,3 +65,32 @@ def test_sizes_of_what_is_printed():
         "token[]",
     )
     assert [num_bytes(shape) for shape in shapes] == [4, 12, 5, 7, 26, 0]
+
+
+def test_loops_within_loops_and_calls_are_multiplied():
+    inner = PROGRAM.replace("ENTRY %main", "%inner").replace("ENTRY", "")
+    outer = """
+%again (state: f32[4,8]) -> f32[4,8] {
+  %s = f32[4,8]{1,0} parameter(0)
+  ROOT %called = f32[4,8]{1,0} call(%s), to_apply=%inner
+}
+
+ENTRY %main (x: f32[4,8]) -> f32[4,8] {
+  %x.2 = f32[4,8]{1,0} parameter(0)
+  ROOT %loop.2 = f32[4,8]{1,0} while(%x.2), body=%again, backend_config={"known_trip_count":{"n":"5"}}
+}
+"""
+    assert [one.times for one in instructions(inner + outer)] == [5, 5, 15]
+
+
+def test_what_runs_an_unknown_number_of_times_is_refused():
+    with pytest.raises(ValueError, match="main has a loop of unknown length"):
+        instructions(re.sub(r", backend_config=.*", "", PROGRAM))
+
+
+def test_a_program_of_this_machine_is_described():
+    compiled = score(Size(18, 2, 32), Mesh(np.asarray(jax.devices()[:1]), (DATA_AXIS,))).compile()
+    described = describe(compiled, 2)
+    assert sum(described["by_kind"].values()) == pytest.approx(described["megabytes_per_image"])
+    assert described["megabytes_per_image"] > 22 / 2  # the kernels alone
+    assert (described["scatters"], described["float32_convolutions"]) == (0, 0)

@@ -85,7 +85,7 @@ def test_as_many_images_at_once_as_suit_the_threads(monkeypatch):
 
 @pytest.mark.parametrize("bottleneck", [False, True], ids=["basic", "bottleneck"])
 def test_biases_made_bfloat16_change_no_features(monkeypatch, bottleneck):
-    """Where kernels stay float32. Those that shortcuts pass on keep what they were."""
+    """Where kernels stay float32. Those that shortcuts pass on are no bfloat16s."""
     name = "two_bottlenecks" if bottleneck else "two_basics"  # each is remembered by its name
     monkeypatch.setattr(architectures, "ARCHITECTURES", {name: Architecture((2, 2, 2, 2), bottleneck)})
     variables = draw_variables(name)
@@ -96,26 +96,28 @@ def test_biases_made_bfloat16_change_no_features(monkeypatch, bottleneck):
     weights = fold._stacked(stem, stages, np.float32)
     assert difference(jit(apply_folded)(weights, pixels), jit(apply_folded)(expected, pixels)) < 1e-5
 
-    last = "conv3" if bottleneck else "conv2"
-    kept = {last, "shortcut_conv", *(() if bottleneck else ("conv",))}
-    for path, leaf in jax.tree.leaves_with_path(weights):
+    kept = {"conv3", "shortcut_conv"} if bottleneck else {"conv2", "shortcut_conv", "conv"}
+    for path, leaf in jax.tree.leaves_with_path(fold_batch_norm(variables, jax.numpy.bfloat16)):
         name, kind = (key.key for key in path[-2:])
         if kind == "bias":
             exact = np.array_equal(leaf, leaf.astype(jax.numpy.bfloat16).astype(np.float32))
             assert exact == (name not in kept), jax.tree_util.keystr(path)
 
 
-def test_a_bias_of_zero_scales_nothing():
-    convolution = {"kernel": np.ones((1, 1, 1, 3), np.float32), "bias": np.array([0.0, 1e-60, 1.0])}
-    reader = {"kernel": np.ones((1, 1, 3, 1), np.float32), "bias": np.zeros(1)}
-    fold._make_bias_bfloat16(convolution, [reader])
+def test_a_bias_that_bfloat16_holds_or_cannot_hold_scales_nothing():
+    convolution = {"kernel": np.ones((1, 1, 1, 4), np.float32), "bias": np.array([0.0, 1e-60, 1.0, 1e60])}
+    reader = {"kernel": np.ones((1, 1, 4, 1), np.float32), "bias": np.zeros(1)}
+    with np.errstate(over="ignore"):
+        fold._make_bias_bfloat16(convolution, [reader])
+    np.testing.assert_array_equal(convolution["bias"], [0, 0, 1, np.inf])
     assert (convolution["kernel"] == 1).all()
     assert (reader["kernel"] == 1).all()
 
 
-def test_bfloat16_is_multiplied_where_the_platform_does_it_well():
-    """On CPU all but the stem are products, of bfloat16; accelerators keep their convolutions."""
-    weights = fold_batch_norm(draw_variables("resnet18"), jax.numpy.bfloat16)
+def test_bfloat16_is_multiplied_where_the_platform_does_it_well(monkeypatch):
+    """On CPU all but the stem are products, of bfloat16; accelerators keep their convolutions, unrolled."""
+    monkeypatch.setattr(architectures, "ARCHITECTURES", {"threes": Architecture((3, 3, 3, 3), False)})
+    weights = fold_batch_norm(draw_variables("threes"), jax.numpy.bfloat16)
     traced = jax.jit(apply_folded).trace(weights, np.zeros((2, 32, 32, 3), np.float32))
     text = {platform: traced.lower(lowering_platforms=(platform,)).as_text() for platform in ("cpu", "cuda")}
     products = [line for line in text["cpu"].splitlines() if "stablehlo.dot_general" in line]
@@ -123,7 +125,9 @@ def test_bfloat16_is_multiplied_where_the_platform_does_it_well():
     assert all(line.count("xbf16>") == 2 for line in products)
     assert text["cpu"].count("stablehlo.convolution") == 1
     assert "stablehlo.dot_general" not in text["cuda"]
-    assert text["cuda"].count("stablehlo.convolution") == 20  # a loop's body once
+    assert text["cuda"].count("stablehlo.convolution") == 20  # blocks that are alike are one function
+    assert "stablehlo.while" in text["cpu"]
+    assert "stablehlo.while" not in text["cuda"]
     assert "bitcast_convert" not in text["cuda"]
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxcls.models.convolution import compiler_options
-from jaxcls.models.normalization import finish, normalize, stored_line
+from jaxcls.models.normalization import finish, line_of, normalize
 
 
 def draw(*shape, seed=0):
@@ -19,13 +19,13 @@ OPERANDS = 3 * draw(4, 5, 6, 8) + 2, draw(8, seed=1), draw(8, seed=2)
 SHORTCUT, WEIGHTS = draw(4, 5, 6, 8, seed=4), draw(4, 5, 6, 8, seed=3)
 STATISTICS = draw(8, seed=5), np.exp(draw(8, seed=6))
 AFTERWARDS = pytest.mark.parametrize(
-    ("with_shortcut", "relu"), [(False, False), (False, True), (True, True)], ids=["norm", "relu", "shortcut"]
+    ("with_shortcut", "relu"), [(False, False), (False, True), (True, False), (True, True)]
 )
 
 
 def by_stored(x, scale, bias, shortcut=None, *, relu):
     """What a network does by stored statistics, with a convolution that does nothing."""
-    factor, level = stored_line(scale, bias, *STATISTICS)
+    factor, level = line_of(scale, bias, *STATISTICS)
     y = finish((x * factor.reshape(1, 1, 1, -1)).astype(x.dtype), level, shortcut, relu=relu)
     return y, STATISTICS
 
@@ -75,7 +75,7 @@ def test_the_moments_pass_no_gradient():
 
 @AFTERWARDS
 @pytest.mark.parametrize("function", [normalize, by_stored], ids=["batch", "stored"])
-def test_in_bfloat16_only_the_values_are_rounded(function, with_shortcut, relu):
+def test_in_bfloat16_no_gradient_of_a_parameter_is_rounded(function, with_shortcut, relu):
     x, *vectors = OPERANDS
     shortcut = [SHORTCUT] if with_shortcut else []
     rounded = [jnp.asarray(operand, jnp.bfloat16) for operand in (x, *shortcut)]
@@ -99,6 +99,6 @@ def test_a_level_has_the_sum_of_many_gradients_in_float32():
 
 def test_equal_moments_give_equal_values():
     y, moments = normalize(*OPERANDS)
-    factor, level = stored_line(*OPERANDS[1:], *moments)
+    factor, level = line_of(*OPERANDS[1:], *moments)
     expected = finish(OPERANDS[0] * factor.reshape(1, 1, 1, -1), level, None, relu=False)
     np.testing.assert_allclose(expected, y, rtol=0, atol=1e-5)

@@ -13,7 +13,7 @@ small matrices too:
     gradient of x          is g (W a)' + x (W s W') + t W'
 
 It pays where x has fewer channels than y: S takes C / F of the operations of y itself, and x (W s W') as
-many. A training step of ResNet-50 then reads and writes 305 MB an image, and a textbook's 391
+many. A training step of ResNet-50 then reads and writes 304 MB an image, and a textbook's 391
 (`traffic_h200.json`).
 """
 

@@ -6,13 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from noise import draw
 
 from jaxcls.models import convolution
 from jaxcls.models.convolution import compiler_options, convolve, max_pool
-
-
-def draw(*shape, seed=0):
-    return np.random.default_rng(seed).standard_normal(shape, np.float32)
 
 
 def pull_back(function, *operands):

@@ -6,14 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from noise import draw, pull_back
 
-from jaxcls.models.convolution import compiler_options
 from jaxcls.models.normalization import finish, line_of, normalize
-
-
-def draw(*shape, seed=0):
-    return np.random.default_rng(seed).standard_normal(shape, np.float32)
-
 
 OPERANDS = 3 * draw(4, 5, 6, 8) + 2, draw(8, seed=1), draw(8, seed=2)
 SHORTCUT, WEIGHTS = draw(4, 5, 6, 8, seed=4), draw(4, 5, 6, 8, seed=3)
@@ -28,18 +23,6 @@ def by_stored(x, scale, bias, shortcut=None, *, relu):
     factor, level = line_of(scale, bias, *STATISTICS)
     y = finish((x * factor.reshape(1, 1, 1, -1)).astype(x.dtype), level, shortcut, relu=relu)
     return y, STATISTICS
-
-
-def pull_back(function, *operands):
-    """The value, the moments, and the gradients of the value's sum weighted by noise."""
-
-    def loss(*operands):
-        y, moments = function(*operands)
-        return (y * WEIGHTS).sum(), (y, moments)
-
-    gradient = jax.value_and_grad(loss, argnums=tuple(range(len(operands))), has_aux=True)
-    (_, (y, moments)), gradients = jax.jit(gradient, compiler_options=compiler_options("cpu"))(*operands)
-    return y, *moments, *gradients
 
 
 def torchs(operands, *, relu, stored):
@@ -64,7 +47,9 @@ def torchs(operands, *, relu, stored):
 def test_value_moments_and_gradients_agree_with_torch(function, with_shortcut, relu):
     operands = (*OPERANDS, SHORTCUT) if with_shortcut else OPERANDS
     expected = torchs(operands, relu=relu, stored=function is by_stored)
-    for actual, value in zip(pull_back(partial(function, relu=relu), *operands), expected, strict=True):
+    for actual, value in zip(
+        pull_back(partial(function, relu=relu), WEIGHTS, *operands), expected, strict=True
+    ):
         np.testing.assert_allclose(actual, value, rtol=0, atol=2e-5 * np.abs(value).max())
 
 
@@ -80,10 +65,12 @@ def test_in_bfloat16_no_gradient_of_a_parameter_is_rounded(function, with_shortc
     shortcut = [SHORTCUT] if with_shortcut else []
     rounded = [jnp.asarray(operand, jnp.bfloat16) for operand in (x, *shortcut)]
     arguments = (rounded[0], *vectors, *rounded[1:])
-    y, mean, variance, x_gradient, *others = pull_back(partial(function, relu=relu), *arguments)
+    y, mean, variance, x_gradient, *others = pull_back(partial(function, relu=relu), WEIGHTS, *arguments)
     assert {leaf.dtype for leaf in (y, x_gradient, *others[2:])} == {np.dtype(jnp.bfloat16)}
     assert {leaf.dtype for leaf in (mean, variance, *others[:2])} == {np.dtype(np.float32)}
-    expected = pull_back(partial(function, relu=relu), *(leaf.astype(np.float32) for leaf in arguments))
+    expected = pull_back(
+        partial(function, relu=relu), WEIGHTS, *(leaf.astype(np.float32) for leaf in arguments)
+    )
     for actual, value in zip((y, mean, variance, x_gradient, *others), expected, strict=True):
         error = np.abs(np.asarray(actual, np.float32) - value)
         # Where rounding moves a value across zero, ReLU passes or stops all of its gradient.

@@ -6,16 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from noise import draw, pull_back
 
-from jaxcls.models.convolution import compiler_options, convolve
+from jaxcls.models.convolution import convolve
 from jaxcls.models.normalization import normalize
 from jaxcls.models.normalized_product import normalize_product
 from jaxcls.parallel import batch_sharding, make_mesh, replicated
-
-
-def draw(*shape, seed=0):
-    return np.random.default_rng(seed).standard_normal(shape, np.float32)
-
 
 X = np.maximum(draw(4, 5, 6, 8) + 0.5, 0)
 OPERANDS = X, draw(1, 1, 8, 12, seed=1), draw(12, seed=2), draw(12, seed=3)
@@ -26,18 +22,6 @@ RELU = pytest.mark.parametrize("relu", [False, True], ids=["", "relu"])
 
 def in_two(x, kernel, scale, bias, shortcut=None, *, relu):
     return normalize(convolve(x, kernel.astype(x.dtype)), scale, bias, shortcut, relu=relu)
-
-
-def pull_back(function, *operands):
-    """The value, the moments, and the gradients of the value's sum weighted by noise."""
-
-    def loss(*operands):
-        y, moments = function(*operands)
-        return (y * WEIGHTS).sum(), (y, moments)
-
-    gradient = jax.value_and_grad(loss, argnums=tuple(range(len(operands))), has_aux=True)
-    (_, (y, moments)), gradients = jax.jit(gradient, compiler_options=compiler_options("cpu"))(*operands)
-    return y, *moments, *gradients
 
 
 @AFTERWARDS
@@ -55,7 +39,7 @@ def test_value_moments_and_gradients_agree_with_torch(with_shortcut, relu):
     moments = product.mean((0, 2, 3)), product.var((0, 2, 3), correction=0)
     expected = [value.detach() for value in (y, *moments)] + [leaf.grad for leaf in leaves]
     for actual, value in zip(
-        pull_back(partial(normalize_product, relu=relu), *operands), expected, strict=True
+        pull_back(partial(normalize_product, relu=relu), WEIGHTS, *operands), expected, strict=True
     ):
         np.testing.assert_allclose(actual, value, rtol=0, atol=3e-5 * np.abs(value.numpy()).max())
 
@@ -66,10 +50,10 @@ def test_bfloat16_loses_no_more_than_in_two_steps(with_shortcut):
     shortcut = (jnp.asarray(SHORTCUT, jnp.bfloat16),) if with_shortcut else ()
     operands = jnp.asarray(X, jnp.bfloat16), *OPERANDS[1:], *shortcut
     exact = [operand.astype(np.float32) for operand in operands]
-    expected = pull_back(partial(in_two, relu=False), *exact)
+    expected = pull_back(partial(in_two, relu=False), WEIGHTS, *exact)
     errors = {}
     for function in (normalize_product, in_two):
-        results = pull_back(partial(function, relu=False), *operands)
+        results = pull_back(partial(function, relu=False), WEIGHTS, *operands)
         dtypes = [jnp.bfloat16, *[jnp.float32] * 2, jnp.bfloat16, *[jnp.float32] * 3]
         assert [leaf.dtype for leaf in results[:7]] == dtypes
         errors[function] = [

@@ -1,6 +1,6 @@
 """What programs read and write on a GPU, for each image: compiled for an NVIDIA H200, none is needed.
 
-    pip install "jax-cuda13-plugin==$(python -c 'import jax; print(jax.__version__)')"
+    pip install "jax-cuda13-plugin==$(python -c 'import jax; print(jax.__version__)')" "nvidia-cuda-nvcc==13.*"
     JAX_PLATFORMS=cpu python -m benchmarks.traffic [--depth 50] [--batch-size 256] [--out FOLDER]
 
 XLA fuses, lays out and rewrites for a device from a description of it, and the optimized program says what
@@ -181,7 +181,10 @@ def main() -> None:
     parser.add_argument("--image-size", type=int, default=224)
     parser.add_argument("--out", type=Path, default=FOLDER, help="a folder; default: benchmarks/results")
     arguments = parser.parse_args()
-    topology = topologies.get_topology_desc(platform="cuda", topology="1x1x1", target_config=H200)
+    try:
+        topology = topologies.get_topology_desc(platform="cuda", topology="1x1x1", target_config=H200)
+    except NotImplementedError:
+        parser.error("jax-cuda13-plugin is not installed, or does not suit this JAX; --help says how")
     mesh = Mesh(np.asarray(topology.devices), (DATA_AXIS,))
     machine = {"conditions": {**conditions(), "compiled_for": mesh.devices.flat[0].device_kind}}
     results = Results(arguments.out / "traffic_h200.json", machine)

@@ -1,6 +1,7 @@
 """What programs read and write on a GPU, for each image: compiled for an NVIDIA H200, none is needed.
 
-    pip install "jax-cuda13-plugin==$(python -c 'import jax; print(jax.__version__)')" "nvidia-cuda-nvcc==13.*"
+    pip install "jax-cuda13-plugin==$(python -c 'import jax; print(jax.__version__)')"
+    pip install "nvidia-cuda-nvcc==13.0.*" "nvidia-nvvm==13.0.*"
     JAX_PLATFORMS=cpu python -m benchmarks.traffic [--depth 50] [--batch-size 256] [--out FOLDER]
 
 XLA fuses, lays out and rewrites for a device from a description of it, and the optimized program says what

@@ -39,8 +39,8 @@ RUNS = {
     # Rounding puts one of 3 million activations across a ReLU's or a pool's edge now and then. That changes
     # the gradients by up to 1 %, and the losses of small steps by nothing.
     "losses in float32": Run(jnp.float32, "train", 64, 5, 1e-5),
-    # With stored statistics an image's activations do not depend on the others. In batch 0 one of them crosses
-    # a ReLU's edge all the same, in 1, 2 and 3 none.
+    # With stored statistics an image's activations do not depend on the others. In batch 0 one of them
+    # crosses a ReLU's edge all the same, in 1, 2 and 3 none.
     "gradients in float32": Run(jnp.float32, "frozen", 64, 1, 1e-5, first=1),
     # XLA's float64 convolutions are slow on CPU: smaller images.
     "all in float64": Run(jnp.float64, "train", 32, 20, 5e-4),
